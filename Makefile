@@ -1,0 +1,55 @@
+# One-GPU Lab. `make lab` opens the course (and sets it up the first time), `make test` runs all of it on a CPU.
+# Options: PYTHON=/path/to/python3.12 (which Python to build on), ARGS="--no-browser --port 8899" (passed to JupyterLab).
+SHELL := /bin/sh
+VENV  ?= .venv
+PY    := $(VENV)/bin/python
+# The stamp names the folder, so that a copied or moved checkout is set up anew instead of using the old one's scripts.
+STAMP := $(VENV)/.installed-$(shell pwd | cksum | cut -d ' ' -f 1)
+FITS  := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
+	$$p -c '$(FITS)' >/dev/null 2>&1 && { echo $$p; break; }; done)
+
+.PHONY: help install lab test test-labkit test-notebooks lint bench site clean
+help:
+	@echo "make lab      set up (first time) and open the course in JupyterLab"
+	@echo "make test     everything on a CPU: lint, the tests of labkit, every notebook"
+	@echo "make install  set up only        make lint   ruff and the notebook lint"
+	@echo "make bench    kernel benchmarks  make site   the notebooks as web pages in _site/"
+	@echo "make clean    remove caches, built pages and .venv; your predictions and results stay"
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt labkit/install.py
+	@$(if $(PYTHON),$(PYTHON),false) -c '$(FITS)' 2>/dev/null || { echo "One-GPU Lab needs Python 3.11, 3.12 or 3.13:" \
+	  "install one of them, or name the one to use: make lab PYTHON=/path/to/python3.12" >&2; exit 1; }
+	@$(PYTHON) -m labkit.install $(VENV)
+	@$(VENV)/bin/labkit doctor
+	@touch $@
+
+lab: install
+	$(PY) -m jupyterlab --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
+	  $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) notebooks/00_start_here.ipynb
+
+test: lint test-labkit test-notebooks
+
+test-labkit: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest --timeout 300 tests/
+
+# One thread: with two, and anything else running, OpenMP threads wait for each other and training slows 3 to 60 times.
+test-notebooks: install
+	LABKIT_SCALE=quick OMP_NUM_THREADS=1 $(PY) -m pytest --timeout 600 -p no:python \
+	  --nbval-lax --nbval-current-env --nbval-cell-timeout 120 notebooks/
+
+lint: install
+	$(PY) -m ruff check .
+	$(PY) -m labkit.course.notebook_lint notebooks/
+
+bench: install
+	$(VENV)/bin/labkit bench
+
+site: install
+	$(PY) -m labkit.course.site notebooks/ _site/
+
+clean:
+	rm -rf $(VENV) _site build .pytest_cache .ruff_cache .hypothesis *.egg-info
+	find labkit tests notebooks -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,155 @@
+"""The `labkit` command: doctor, list, run, claims, bench.
+
+A mistake of the user's ends with one sentence on stderr and exit status 1; a table also comes as --json.
+"""
+
+import dataclasses
+import json
+import os
+import sys
+from typing import Annotated
+
+import typer
+
+from labkit.errors import LabError
+
+app = typer.Typer(no_args_is_help=True, pretty_exceptions_enable=False, add_completion=False,
+                  help="One-GPU Lab: what machine is this, which labs are there, run one, read the claims ledger.")
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def main() -> None:
+    """Entry point of the command."""
+    try:
+        app()
+    except LabError as error:
+        print(error, file=sys.stderr)
+        sys.exit(1)
+    except BrokenPipeError:  # `labkit claims | head`: the reader has left
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(0)
+
+
+def print_json(value: object) -> None:
+    print(json.dumps(value, indent=1, ensure_ascii=False))
+
+
+def print_table(title: str, columns: list[str], rows: list[list[str]]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    console = Console()
+    table = Table(title=title, title_justify="left", box=box.SIMPLE, show_edge=False, pad_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """Say what machine this is, which scale the labs will choose and why, and what is missing. Exit status 0 or 1."""
+    from labkit.course.machine import inspect_machine
+
+    machine = inspect_machine()
+    if as_json:
+        print_json(machine.as_json())
+    else:
+        print_table("This machine", ["what", "is", "note"], [list(map(str, row)) for row in machine.rows()])
+        for problem in machine.problems:
+            print(f"{'Problem' if problem.serious else 'Note'}: {problem.what}\n  To mend it: {problem.fix}")
+        print("Ready." if machine.healthy else "Not ready: mend the problems above.")
+    raise typer.Exit(0 if machine.healthy else 1)
+
+
+@app.command("list")
+def list_notebooks(as_json: Json = False) -> None:
+    """List the labs: title, question, minutes at each scale, and where results are shipped."""
+    from labkit.course import record
+    from labkit.course.header import NOTEBOOKS, header_of, read_notebook
+
+    labs = []
+    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+        header = header_of(read_notebook(path))
+        labs.append({"notebook": path.name[:2], "file": path.name, **dataclasses.asdict(header),
+                     "results": list(record.measured_at(path.name[:2]))})
+    if as_json:
+        return print_json(labs)
+    print_table("The labs (open one in JupyterLab with `make lab`)",
+                ["", "title", "question", "minutes", "results"], [_lab_row(lab) for lab in labs])
+
+
+def _lab_row(lab: dict) -> list[str]:
+    minutes = ", ".join(f"{scale} {value:g}" for scale, value in lab["minutes"].items() if value is not None)
+    return [lab["notebook"], lab["title"], lab["question"], minutes, ", ".join(lab["results"]) or "none"]
+
+
+@app.command()
+def run(notebook: Annotated[str, typer.Argument(help="The lab's number, like 02.")],
+        scale: Annotated[str | None, typer.Option(help="quick, desk or workstation; default: by machine.")] = None,
+        in_process: Annotated[bool, typer.Option("--in-process", help="Plain Python, no Jupyter needed.")] = False,
+        save: Annotated[bool, typer.Option("--save", help="Write the executed notebook back (quick scale).")] = False,
+        timeout: Annotated[float | None, typer.Option(min=1, help="Seconds allowed for one cell.")] = None) -> None:
+    """Run a lab without opening it and keep its results in data/results/<scale>/; nothing is kept if it fails."""
+    from labkit.course.run import run_notebook
+    from labkit.course.run_progress import duration
+    from labkit.course.scale import choose_scale
+    from labkit.files import REPOSITORY
+
+    try:
+        scale = scale or choose_scale().name
+        outcome = run_notebook(notebook, scale, in_process=in_process, save=save, timeout=timeout)
+    except KeyboardInterrupt:
+        print("Stopped; no results were kept.", file=sys.stderr)
+        raise typer.Exit(130) from None
+    print(f"Notebook {outcome.notebook} ran at {outcome.scale} scale in {duration(outcome.seconds)} (min:s). Results:")
+    for file in outcome.files:
+        print(f"  {file.relative_to(REPOSITORY) if file.is_relative_to(REPOSITORY) else file}")
+
+
+@app.command()
+def claims(as_json: Json = False,
+           notebook: Annotated[str | None, typer.Option(help="Only this lab, like 02.")] = None,
+           verdict: Annotated[str | None, typer.Option(help="Only this verdict, like reproduced.")] = None,
+           readme: Annotated[bool, typer.Option("--readme", help="Write README's scoreboard anew.")] = False) -> None:
+    """Print the claims ledger: each paper's number, ours with its interval, and the computed verdict."""
+    from labkit.course import scoreboard
+    from labkit.course.ledger import claims_table
+
+    if readme:
+        scoreboard.update_readme()
+    rows = [row for row in claims_table()
+            if notebook in (None, row["notebook"]) and verdict in (None, row["verdict"])]
+    if as_json:
+        print_json(rows)
+    else:
+        scoreboard.print_table(rows)
+
+
+@app.command()
+def bench(as_json: Json = False) -> None:
+    """Measure this machine's two ceilings: how fast it copies memory and how fast it multiplies matrices."""
+    import torch
+
+    from labkit.measure.ceilings import measure_ceilings
+
+    ceilings = measure_ceilings("cuda" if torch.cuda.is_available() else "cpu")
+    if as_json:
+        return print_json(dataclasses.asdict(ceilings))
+    print_table(f"Ceilings of {ceilings.device} ({ceilings.dtype}, {ceilings.threads} CPU threads)",
+                ["what", "median", "20% to 80% of repeats", "repeats"],
+                [_rate_row("copy bandwidth", ceilings.copy, 1e9, "GB/s"),
+                 _rate_row("matrix product", ceilings.matmul, 1e9, "GFLOP/s")])
+    print(f"A kernel that does fewer than {ceilings.ridge:.0f} FLOP a byte is limited by memory here.")
+
+
+def _rate_row(name: str, rate, unit: float, unit_name: str) -> list[str]:
+    return [name, f"{rate.median / unit:.1f} {unit_name}", f"{rate.p20 / unit:.1f} to {rate.p80 / unit:.1f}",
+            str(rate.repeats)]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,40 @@
+"""Which of the three scales runs here, and why.
+
+quick: a laptop CPU, at most a minute a notebook. desk: a CPU, at most 20 minutes, five seeds or more.
+workstation: one GPU. `LABKIT_SCALE` chooses; without it a CUDA device means workstation, otherwise quick.
+The choice comes together with its reason, and the reason is printed wherever the choice is used.
+"""
+
+import os
+from dataclasses import dataclass
+
+from labkit.errors import LabError
+
+SCALES = ("quick", "desk", "workstation")
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A scale and one clause that says why it was chosen."""
+
+    name: str
+    reason: str
+
+
+def check_scale(name: str) -> str:
+    """`name` if it is a scale, else a LabError that lists the three."""
+    if name not in SCALES:
+        raise LabError(f"There is no scale named {name!r}.", f"Use one of: {', '.join(SCALES)}.")
+    return name
+
+
+def choose_scale() -> Choice:
+    """The scale of this process: LABKIT_SCALE first, then the hardware."""
+    wanted = os.environ.get("LABKIT_SCALE")
+    if wanted:
+        return Choice(check_scale(wanted), f"LABKIT_SCALE={wanted} says so")
+    import torch  # only here: the command line asks for scales without waiting for torch
+
+    if torch.cuda.is_available():
+        return Choice("workstation", f"a CUDA device was found ({torch.cuda.get_device_name()})")
+    return Choice("quick", "no CUDA device was found")

@@ -1,0 +1,98 @@
+"""The claims ledger as people read it: README's table between two marks, and the table that `labkit claims` prints.
+
+README's part is generated from claims.toml and data/results (`labkit claims --readme`); tests/test_scoreboard.py fails
+where the two differ. A quick row is left out of README wherever a fuller scale has a row of the same claim.
+"""
+
+from collections import Counter
+from itertools import groupby
+from pathlib import Path
+
+from labkit.course.claims import VERDICTS
+from labkit.course.ledger import claims_table, shown
+from labkit.errors import LabError
+from labkit.files import REPOSITORY, whole_file
+
+BEGIN, END = "<!-- scoreboard:begin -->", "<!-- scoreboard:end -->"
+HEAD = "| claim | paper | ours (95% interval) | scale | verdict |\n|---|---|---|---|---|"
+COLOURS = {"reproduced": "green", "partly": "yellow", "not reproduced": "red", "inconclusive": "magenta"}
+
+
+def scoreboard_markdown(rows: list[dict]) -> str:
+    """A line of counts, then one table a notebook, from rows of `claims_table`."""
+    rows = without_superseded(rows)
+    tables = [
+        f"**{title(notebook)}**\n\n{HEAD}\n" + "\n".join(_line(row) for row in group)
+        for notebook, group in groupby(sorted(rows, key=lambda row: row["notebook"]), key=lambda row: row["notebook"])
+    ]
+    return "\n\n".join([summary(rows), *tables])
+
+
+def without_superseded(rows: list[dict]) -> list[dict]:
+    """The rows without those of quick runs whose claim has a row of a fuller scale."""
+    fuller = {row["id"] for row in rows if row["scale"] in ("desk", "workstation")}
+    return [row for row in rows if row["scale"] != "quick" or row["id"] not in fuller]
+
+
+def summary(rows: list[dict]) -> str:
+    """'51 claims: 20 exact, ...; 60 rows: 30 reproduced, ...': each verdict counted, none left out."""
+    counts = Counter(row["verdict"] for row in rows)
+    claims = len({row["id"] for row in rows})
+    counted = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
+    return f"{claims} claims in {len(rows)} rows (one a claim and scale): {counted or 'nothing yet'}."
+
+
+def title(notebook: str) -> str:
+    """'02 token superposition', from the notebook's file name."""
+    files = sorted((REPOSITORY / "notebooks").glob(f"{notebook}_*.ipynb"))
+    return f"{notebook} {files[0].stem[3:].replace('_', ' ')}" if files else f"Notebook {notebook}"
+
+
+def _line(row: dict) -> str:
+    where = " ".join(filter(None, (row["scale"], f"({row['device']})" if row["scale"] == "workstation" else "")))
+    own = "exact: " if row["kind"] == "exact" and row["estimate"] is not None else ""
+    cells = (row["statement"], row["paper_value"], own + shown(row), where, row["verdict"])
+    return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def update_readme(path: Path | None = None, results_folder: Path | None = None) -> bool:
+    """Write the generated scoreboard between README's marks; True if it changed. Raises LabError without marks."""
+    path = Path(path or REPOSITORY / "README.md")
+    text = path.read_text(encoding="utf-8")
+    new = with_scoreboard(text, scoreboard_markdown(claims_table(results_folder)), path)
+    if new != text:
+        with whole_file(path) as temporary:
+            temporary.write_text(new, encoding="utf-8")
+    return new != text
+
+
+def with_scoreboard(text: str, board: str, path: Path) -> str:
+    """README's text with `board` between the two marks, each of which must stand there once, in order."""
+    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
+        raise LabError(f"{path} does not hold the scoreboard's two marks once each.", f"Put {BEGIN} and {END} there.")
+    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
+    return f"{before}{BEGIN}\n{board}\n{after}"
+
+
+def print_table(rows: list[dict]) -> None:
+    """Rows of `claims_table` in the terminal, as wide as the terminal is; piped, each row keeps one line."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(caption=summary(rows), header_style="bold")
+    for column in ("id", "claim", "paper", "ours (95% interval)", "scale", "verdict"):
+        table.add_column(column, overflow="fold", no_wrap=column == "id")
+    for row in rows:
+        colour = COLOURS.get(row["verdict"], "dim")
+        cells = [_escaped(row[key]) for key in ("id", "statement", "paper_value")]
+        table.add_row(*cells, _escaped(shown(row)), row["scale"], f"[{colour}]{row['verdict']}[/{colour}]")
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=240)  # a pipe has no width; folding at 80 columns would hide the numbers
+    console.print(table)
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape  # "[0.1, 0.2]" is an interval and no markup
+
+    return escape(text)

@@ -1,0 +1,91 @@
+"""Checkpoints: one safetensors file with weights, optimizer state, history and the number of the next step.
+
+The file is written beside its place and renamed, so that a kill at any moment leaves the old one or the new one.
+safetensors holds plain numbers and no code. A checkpoint remembers the settings that made it and refuses others.
+"""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from labkit.errors import LabError
+from labkit.files import whole_file
+from labkit.models import GPT, GPTConfig
+
+
+def save_checkpoint(path: Path, model: nn.Module, optimizer, history, settings, next_step: int) -> None:
+    """Write the whole state of a run."""
+    tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
+    for name, parameter in model.named_parameters():
+        tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
+    tensors |= {f"history.train.{key}": as_column(value) for key, value in history.train.items()}
+    tensors |= {f"history.evaluations.{key}": as_column(value) for key, value in history.evaluations.items()}
+    metadata = {"next_step": str(next_step), "settings": settings_key(settings)}
+    with whole_file(path) as temporary:
+        save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
+
+
+def load_checkpoint(path: Path, model: nn.Module, optimizer, history, settings) -> int:
+    """Put a saved state into model, optimizer and history; return the number of the next step (0 without a file)."""
+    if not Path(path).exists():
+        return 0
+    tensors, metadata = read_tensors(path)
+    if metadata.get("settings") != settings_key(settings):
+        raise LabError(f"The checkpoint {path} was made with other settings.",
+                       "Train with those settings, or delete the file to start anew.")
+    parts = {prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+             for prefix in ("model.", "optimizer.", "history.")}
+    model.load_state_dict(parts["model."])
+    for name, parameter in model.named_parameters():
+        state = {key.removeprefix(f"{name}."): value for key, value in parts["optimizer."].items()
+                 if key.rpartition(".")[0] == name}
+        optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+    for name, value in parts["history."].items():
+        table, column = name.split(".")
+        getattr(history, table)[column] = value.tolist()
+    return int(metadata["next_step"])
+
+
+def as_column(values: list[float]) -> Tensor:
+    """A column of the history as float64, in which a step number is exact."""
+    return torch.tensor(values, dtype=torch.float64)
+
+
+def settings_key(settings) -> str:
+    """Settings as text; two are equal exactly if these are."""
+    return json.dumps(dataclasses.asdict(settings), sort_keys=True)
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """All tensors and the metadata of a safetensors file. Raises LabError where it is damaged or missing."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}, file.metadata() or {}
+    except FileNotFoundError:
+        raise LabError(f"The file {path} is missing.",
+                       "If it belongs to the course: `git checkout -- data/checkpoints`.") from None
+    except (SafetensorError, OSError, ValueError) as error:
+        raise LabError(f"The file {path} is damaged ({error}).",
+                       "Delete it to start anew; if it belongs to the course: `git checkout -- data/checkpoints`.") from None
+
+
+def save_model(path: Path, model: GPT, **notes: str) -> None:
+    """Write a model's weights with its shape and notes (how it was made) in the metadata."""
+    metadata = {"config": json.dumps(dataclasses.asdict(model.config)), **notes}
+    with whole_file(path) as temporary:
+        save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, temporary, metadata)
+
+
+def load_model(path: Path, device: torch.device | str = "cpu") -> GPT:
+    """The model that `save_model` wrote. Raises LabError where the file is damaged, missing or of another shape."""
+    tensors, metadata = read_tensors(path)
+    if "config" not in metadata:
+        raise LabError(f"The file {path} does not say which model it holds.", "Write it with `save_model`.")
+    model = GPT(GPTConfig(**json.loads(metadata["config"])))
+    model.load_state_dict({name: value.float() for name, value in tensors.items()})
+    return model.to(device)
