@@ -1,9 +1,9 @@
 """Keep freed memory for the next tensor of that size, on Linux.
 
-glibc gives every block above 32 MB back to the kernel when it is freed, and every thread a store of its own. A training
-step frees and asks for the same large logits again and again, and the kernel must hand out and clear the same pages each
-time. With a vocabulary of 4,096 that was a third of a step here: 72 ms against 52 on one thread. Two settings of glibc's
-`mallopt` end it. Where they do not exist (macOS, musl) nothing happens; a GPU has PyTorch's own store.
+glibc gives every block above 32 MB back to the kernel when it is freed, and every thread a store of its own. A
+training step frees and asks for the same large logits again and again, and the kernel must hand out and clear the same
+pages each time. With a vocabulary of 4,096 that was a third of a step: 72 ms against 52 on one thread. A few settings
+of glibc's `mallopt` end it. Where they do not exist (macOS, musl) nothing happens; a GPU has PyTorch's own store.
 """
 
 import ctypes

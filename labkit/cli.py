@@ -114,13 +114,17 @@ def run(notebook: Annotated[str, typer.Argument(help="The lab's number, like 02.
 def claims(as_json: Json = False,
            notebook: Annotated[str | None, typer.Option(help="Only this lab, like 02.")] = None,
            verdict: Annotated[str | None, typer.Option(help="Only this verdict, like reproduced.")] = None,
-           readme: Annotated[bool, typer.Option("--readme", help="Write README's scoreboard anew.")] = False) -> None:
+           readme: Annotated[bool, typer.Option("--readme", help="Write README's scoreboard and picture.")] = False,
+           ) -> None:
     """Print the claims ledger: each paper's number, ours with its interval, and the computed verdict."""
     from labkit.course import scoreboard
     from labkit.course.ledger import claims_table
 
     if readme:
+        from labkit.course.picture import update_picture
+
         scoreboard.update_readme()
+        update_picture()
     rows = [row for row in claims_table()
             if notebook in (None, row["notebook"]) and verdict in (None, row["verdict"])]
     if as_json:

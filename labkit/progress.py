@@ -4,12 +4,27 @@ A person at a notebook or a terminal sees a tqdm bar. A headless run (nbval, nbc
 outputs; `labkit run` names a file in LABKIT_PROGRESS_FILE, and the bar writes its state there instead.
 """
 
+import contextlib
+import contextvars
 import json
 import os
 import sys
 import time
+from collections.abc import Iterator
 
 from tqdm import tqdm as terminal_bar
+
+_hidden = contextvars.ContextVar("hidden", default=False)
+
+
+@contextlib.contextmanager
+def hidden_bars() -> Iterator[None]:
+    """No bars inside this block and thread: for a run that is one of many, whose bar counts the runs."""
+    token = _hidden.set(True)
+    try:
+        yield
+    finally:
+        _hidden.reset(token)
 
 
 def interactive() -> bool:
@@ -26,6 +41,8 @@ def interactive() -> bool:
 def bar(total: int, label: str, unit: str = "step"):
     """A progress bar to be used in a `with` block; call `.update(n)` and `.set_postfix_str(text)`."""
     path = os.environ.get("LABKIT_PROGRESS_FILE")
+    if _hidden.get():
+        return terminal_bar(total=total, disable=True)
     if path:
         return FileBar(path, total, label, unit)
     if interactive() and "ipywidgets" in sys.modules:

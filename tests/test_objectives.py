@@ -90,8 +90,9 @@ def test_alternatives_equal_their_definitions():
     yes, no = logits.sigmoid(), (-logits).sigmoid()
     binary = -(inside * yes.log() + (1 - inside) * no.log()).sum(-1).mean() / 4
     assert_equal_with_gradient(bag_binary_cross_entropy(logits, bag), binary, logits)
-    margin = torch.stack([(1 - (z[y] - z[~m])).clamp(min=0).sum() for z_N, m_N in zip(logits, inside.bool(), strict=True)
-                          for z, m in zip(z_N, m_N, strict=True) for y in m.nonzero()[:, 0]]).sum() / (6 * 19)
+    rows = zip(logits.flatten(0, 1), inside.bool().flatten(0, 1), strict=True)
+    leads = [(1 - (z[y] - z[~m])).clamp(min=0).sum() for z, m in rows for y in m.nonzero()[:, 0]]
+    margin = torch.stack(leads).sum() / (6 * 19)
     assert_equal_with_gradient(bag_margin_loss(logits, bag), margin, logits)
 
 
@@ -124,7 +125,8 @@ def test_superposed_loss_by_hand():
     """Mean embeddings in, next bag out: the whole of phase 1 against a version that loops over bags and tokens."""
     model, text, S = GPT(CONFIG), torch.randint(19, (2, 15), generator=torch.Generator().manual_seed(1)), 3
     bags = [[row[i : i + S] for i in range(0, 15, S)] for row in text]
-    read = torch.stack([torch.stack([sum(model.embedding.weight[t] for t in bag) / S for bag in row[:-1]]) for row in bags])
+    mean = [torch.stack([sum(model.embedding.weight[t] for t in bag) / S for bag in row[:-1]]) for row in bags]
+    read = torch.stack(mean)
     logits = model.head(model.trunk(read))
     losses = [F.cross_entropy(logits[b, i][None], token[None]) for b, row in enumerate(bags)
               for i, bag in enumerate(row[1:]) for token in bag]

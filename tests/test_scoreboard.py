@@ -2,7 +2,7 @@
 
 import pytest
 
-from labkit.course import scoreboard
+from labkit.course import picture, scoreboard
 from labkit.course.ledger import claims_table
 from labkit.course.scoreboard import BEGIN, END, print_table, scoreboard_markdown, update_readme, with_scoreboard
 from labkit.errors import LabError
@@ -23,6 +23,13 @@ def test_readme_holds_the_generated_scoreboard():
     path = REPOSITORY / "README.md"
     text = path.read_text(encoding="utf-8")
     assert with_scoreboard(text, scoreboard_markdown(claims_table()), path) == text, "run `labkit claims --readme`"
+
+
+def test_readme_shows_the_notebooks_own_figure():
+    """The picture's bytes and text are those of the executed notebook: a stale picture fails."""
+    png, alt = picture.chosen_figure()
+    text = (REPOSITORY / "README.md").read_text(encoding="utf-8")
+    assert picture.FILE.read_bytes() == png and picture.with_picture(text, alt) == text, "run `labkit claims --readme`"
 
 
 def test_update_writes_between_the_marks_and_only_there(tmp_path, monkeypatch):
@@ -67,6 +74,8 @@ def test_each_gpu_has_its_own_line():
 
 
 def test_the_terminal_table_keeps_brackets_and_ids(capsys):
-    print_table([row(statement="Marked [bold] words."), row("t.none", "", "not run yet", estimate=None, low=None, high=None, seeds=[])])
+    rows = [row(statement="Marked [bold] words.")]
+    print_table([*rows, row("t.none", "", "not run yet", estimate=None, low=None, high=None, seeds=[])])
     out = capsys.readouterr().out
-    assert "Marked [bold] words." in out and "-0.147 [-0.160, -0.134], 3 seeds" in out and "t.none" in out and "1 reproduced, 1 not run yet" in out
+    assert "Marked [bold] words." in out
+    assert "-0.147 [-0.160, -0.134], 3 seeds" in out and "t.none" in out and "1 reproduced, 1 not run yet" in out

@@ -32,7 +32,8 @@ from labkit.trainers.schedule import learning_rate_factor
 from labkit.trainers.sft import pad_examples
 
 CONFIG = GPTConfig(vocab_size=31, context=16, width=16, layers=2, heads=2, tied=False)
-SETTINGS = TrainSettings(steps=12, learning_rate=1e-2, batch=4, context=16, warmup=3, evaluate_every=5, checkpoint_every=4)
+SETTINGS = TrainSettings(steps=12, learning_rate=1e-2, batch=4, context=16, warmup=3, evaluate_every=5,
+                         checkpoint_every=4)
 TEXT = torch.arange(4000) * 7 % 31  # every token follows from the one before
 METHOD = Superposition(4, 0.5, redraw_vocabulary=True)
 
@@ -51,7 +52,7 @@ def test_learns_a_rule():
 
 @pytest.mark.parametrize("stop", [5, 6, 9])
 def test_resumed_equals_unbroken_bitwise(tmp_path, monkeypatch, stop):
-    """Break off before, at and after the switch of phases and continue from the file: weights and history, same bits."""
+    """Break off before, at and after the switch and continue from the file: weights and history have the same bits."""
     unbroken, path = GPT(CONFIG), tmp_path / "run.safetensors"
     whole = pretrain_superposed(unbroken, TEXT, SETTINGS, METHOD, held_out_M=TEXT)
     step_as_it_is = loop.train_step
@@ -86,7 +87,8 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path):
     """SIGKILL at a random moment, perhaps while a checkpoint is being written, then finish: the final weights are those
     of a run that was never disturbed."""
     path = tmp_path / "run.safetensors"
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])}
+    folders = os.pathsep.join([str(Path(__file__).parent), str(Path(__file__).parents[1])])
+    environment = os.environ | {"PYTHONPATH": folders}
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, path], env=environment)
     while not path.exists() and process.poll() is None:
         time.sleep(0.01)
@@ -142,8 +144,8 @@ def test_flops_formula_equals_the_counter(kv_heads, tied):
     assert loss.isfinite()
 
 
-@pytest.mark.parametrize("kind, expected", [("wsd", [0.25, 1.0, 1.0, 1.0, 0.05]), ("cosine", [0.25, 1.0, 0.988, 0.579, 0.1]),
-                                            ("constant", [0.25, 1.0, 1.0, 1.0, 1.0])])
+@pytest.mark.parametrize("kind, expected", [
+    ("wsd", [0.25, 1.0, 1.0, 1.0, 0.05]), ("cosine", [0.25, 1.0, 0.988, 0.579, 0.1]), ("constant", [0.25, 1, 1, 1, 1])])
 def test_schedules(kind, expected):
     """Values at the start, the end of warm-up, a tenth, the middle and the last of 100 steps."""
     seen = [learning_rate_factor(step, 100, warmup=4, kind=kind, decay=0.2) for step in (0, 3, 11, 50, 99)]

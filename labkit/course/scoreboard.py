@@ -1,4 +1,4 @@
-"""The claims ledger as people read it: README's table between two marks, and the table that `labkit claims` prints.
+"""The claims ledger as people read it: README's tables between two marks, and the table that `labkit claims` prints.
 
 README's part is generated from claims.toml and data/results (`labkit claims --readme`); tests/test_scoreboard.py fails
 where the two differ. A quick row is left out of README wherever a fuller scale has a row of the same claim.
@@ -19,13 +19,17 @@ COLOURS = {"reproduced": "green", "partly": "yellow", "not reproduced": "red", "
 
 
 def scoreboard_markdown(rows: list[dict]) -> str:
-    """A line of counts, then one table a notebook, from rows of `claims_table`."""
-    rows = without_superseded(rows)
-    tables = [
-        f"**{title(notebook)}**\n\n{HEAD}\n" + "\n".join(_line(row) for row in group)
-        for notebook, group in groupby(sorted(rows, key=lambda row: row["notebook"]), key=lambda row: row["notebook"])
-    ]
+    """A line of counts, then one folded table a notebook whose summary counts its verdicts."""
+    rows = sorted(without_superseded(rows), key=lambda row: row["notebook"])
+    notebooks = groupby(rows, key=lambda row: row["notebook"])
+    tables = [_folded_table(notebook, list(group)) for notebook, group in notebooks]
     return "\n\n".join([summary(rows), *tables])
+
+
+def _folded_table(notebook: str, rows: list[dict]) -> str:
+    lines = "\n".join(_line(row) for row in rows)
+    return (f"<details>\n<summary><b>{title(notebook)}</b>: {counted_verdicts(rows)}</summary>\n\n"
+            f"{HEAD}\n{lines}\n\n</details>")
 
 
 def without_superseded(rows: list[dict]) -> list[dict]:
@@ -35,11 +39,15 @@ def without_superseded(rows: list[dict]) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> str:
-    """'51 claims: 20 exact, ...; 60 rows: 30 reproduced, ...': each verdict counted, none left out."""
-    counts = Counter(row["verdict"] for row in rows)
+    """'51 claims in 60 rows (one a claim and scale): 30 reproduced, ...': each verdict counted, none left out."""
     claims = len({row["id"] for row in rows})
-    counted = ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
-    return f"{claims} claims in {len(rows)} rows (one a claim and scale): {counted or 'nothing yet'}."
+    return f"{claims} claims in {len(rows)} rows (one a claim and scale): {counted_verdicts(rows) or 'nothing yet'}."
+
+
+def counted_verdicts(rows: list[dict]) -> str:
+    """'3 reproduced, 1 inconclusive', in the order of the verdicts."""
+    counts = Counter(row["verdict"] for row in rows)
+    return ", ".join(f"{counts[verdict]} {verdict}" for verdict in VERDICTS if counts[verdict])
 
 
 def title(notebook: str) -> str:

@@ -129,7 +129,8 @@ class Block(nn.Module):
         self.attention_gate, self.ffn_gate = gate(config, layer), gate(config, layer)
 
     def forward(self, x_BTD: Tensor, rope, attention, mask_BTU, cache) -> Tensor:
-        x_BTD = x_BTD + self.attention_gate(self.attention(self.attention_norm(x_BTD), rope, attention, mask_BTU, cache))
+        mixed_BTD = self.attention(self.attention_norm(x_BTD), rope, attention, mask_BTU, cache)
+        x_BTD = x_BTD + self.attention_gate(mixed_BTD)
         return x_BTD + self.ffn_gate(self.ffn(self.ffn_norm(x_BTD)))
 
 

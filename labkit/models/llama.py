@@ -1,4 +1,4 @@
-"""The same decoder under other names: weights of Hugging Face's Llama in, a labkit GPT out, and back.
+"""The same decoder under other names: weights of Hugging Face's Llama in, a labkit GPT out.
 
 Llama keeps q, k, v and gate, up as separate matrices; the GPT stacks them, so that each input is read once.
 """
@@ -21,7 +21,8 @@ def from_llama(llama_state: dict[str, Tensor], config: GPTConfig) -> GPT:
         llama_state: `LlamaForCausalLM.state_dict()`, with or without `lm_head.weight`.
         config: the same shape; `tied=True` takes the head from the embedding.
     """
-    state = {"embedding.weight": llama_state["model.embed_tokens.weight"], "norm.weight": llama_state["model.norm.weight"]}
+    state = {"embedding.weight": llama_state["model.embed_tokens.weight"],
+             "norm.weight": llama_state["model.norm.weight"]}
     if not config.tied:
         state["unembedding.weight"] = llama_state["lm_head.weight"]
     for layer in range(config.layers):

@@ -57,7 +57,7 @@ def bag_any_cross_entropy(logits_BNV: Tensor, bag_BNS: Tensor) -> Tensor:
 
 
 def bag_binary_cross_entropy(logits_BNV: Tensor, bag_BNS: Tensor) -> Tensor:
-    """V independent yes-or-no questions, summed over the vocabulary and divided by S, to keep the scale of one token."""
+    """V independent yes-or-no questions, summed over the vocabulary and divided by S: the scale of one token."""
     logits_BNV = logits_BNV.float()
     in_bag_BNV = torch.zeros_like(logits_BNV).scatter(2, bag_BNS, 1.0)
     loss_BN = F.binary_cross_entropy_with_logits(logits_BNV, in_bag_BNV, reduction="none").sum(2)

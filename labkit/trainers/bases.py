@@ -57,7 +57,8 @@ def load_base(name: str, folder: Path = FOLDER, device: torch.device | str = "cp
     recipe(name)
     facts = read_manifest(folder).get(name)
     if facts is None:
-        raise LabError(f"The base model {name} has not been made yet.", f"Make it: python data/build_checkpoints.py {name}")
+        raise LabError(f"The base model {name} has not been made yet.",
+                       f"Make it: python data/build_checkpoints.py {name}")
     return Base(load_model(checked_file(name, folder), device), load_tokenizer(facts["tokenizer"]), facts)
 
 

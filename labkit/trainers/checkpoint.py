@@ -70,15 +70,16 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise LabError(f"The file {path} is missing.",
                        "If it belongs to the course: `git checkout -- data/checkpoints`.") from None
     except (SafetensorError, OSError, ValueError) as error:
-        raise LabError(f"The file {path} is damaged ({error}).",
-                       "Delete it to start anew; if it belongs to the course: `git checkout -- data/checkpoints`.") from None
+        fix = "Delete it to start anew; if it belongs to the course: `git checkout -- data/checkpoints`."
+        raise LabError(f"The file {path} is damaged ({error}).", fix) from None
 
 
 def save_model(path: Path, model: GPT, **notes: str) -> None:
     """Write a model's weights with its shape and notes (how it was made) in the metadata."""
     metadata = {"config": json.dumps(dataclasses.asdict(model.config)), **notes}
+    tensors = {name: value.detach().contiguous() for name, value in model.state_dict().items()}
     with whole_file(path) as temporary:
-        save_file({name: value.detach().contiguous() for name, value in model.state_dict().items()}, temporary, metadata)
+        save_file(tensors, temporary, metadata)
 
 
 def load_model(path: Path, device: torch.device | str = "cpu") -> GPT:

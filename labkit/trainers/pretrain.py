@@ -35,8 +35,9 @@ def pretrain(model: GPT, tokens_M: Tensor, settings: TrainSettings, *, held_out_
     """Train on windows of `tokens_M`; measure on `held_out_M` where it is given."""
 
     def loss_at(model: GPT, step: int) -> Tensor:
-        windows = random_windows(tokens_M, batch=settings.batch, length=settings.context + 1, seed=settings.seed, step=step)
-        return window_loss(model, windows.to(model.embedding.weight.device))
+        length = settings.context + 1
+        windows_BT1 = random_windows(tokens_M, batch=settings.batch, length=length, seed=settings.seed, step=step)
+        return window_loss(model, windows_BT1.to(model.embedding.weight.device))
 
     evaluate = None if held_out_M is None else lambda m: held_out_loss(
         m, held_out_M, context=settings.context, windows=settings.evaluation_windows)

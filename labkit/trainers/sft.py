@@ -60,8 +60,9 @@ def sft(model: GPT, examples: Sequence[Example], settings: TrainSettings, *, hel
         raise LabError("There is nothing to learn from.", "Give at least one example.")
     for number, example in enumerate(examples):
         if not example.answer or len(example.prompt) + len(example.answer) > settings.context:
-            raise LabError(f"Example {number} has {len(example.prompt)} prompt and {len(example.answer)} answer tokens.",
-                           f"Give it an answer, and no more than the context of {settings.context} tokens in all.")
+            raise LabError(
+                f"Example {number} has {len(example.prompt)} prompt and {len(example.answer)} answer tokens.",
+                f"Give it an answer, and no more than the context of {settings.context} tokens in all.")
 
     def loss_at(model: GPT, step: int) -> Tensor:
         rows = np.random.default_rng((settings.seed, step)).integers(len(examples), size=settings.batch)

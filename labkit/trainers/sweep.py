@@ -14,7 +14,7 @@ from typing import TypeVar
 import torch
 
 from labkit.allocator import keep_freed_memory
-from labkit.progress import bar
+from labkit.progress import bar, hidden_bars
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
@@ -27,6 +27,12 @@ def default_workers() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def without_bar(run: Callable[[], Result]) -> Result:
+    """Call one of many runs; the bar of the sweep stands for all of theirs."""
+    with hidden_bars():
+        return run()
+
+
 def run_all(runs: Mapping[Key, Callable[[], Result]], *, workers: int | None = None,
             label: str = "runs") -> dict[Key, Result]:
     """Call every function and return the results by key, in the order of `runs`.
@@ -36,10 +42,10 @@ def run_all(runs: Mapping[Key, Callable[[], Result]], *, workers: int | None = N
     keep_freed_memory()
     torch.set_num_threads(1)
     with bar(len(runs), label, unit="run") as progress, ThreadPoolExecutor(workers or default_workers()) as pool:
-        futures = {key: pool.submit(run) for key, run in runs.items()}
+        futures = {key: pool.submit(without_bar, run) for key, run in runs.items()}
         for future in futures.values():
             future.add_done_callback(lambda _: progress.update(1))
-        done, waiting = wait(futures.values(), return_when=FIRST_EXCEPTION)
+        _, waiting = wait(futures.values(), return_when=FIRST_EXCEPTION)
         for future in waiting:
             future.cancel()
         return {key: future.result() for key, future in futures.items()}
