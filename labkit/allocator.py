@@ -21,4 +21,4 @@ def keep_freed_memory() -> bool:
     except (OSError, AttributeError):
         return False
     settings = ((M_MMAP_THRESHOLD, ONE_GIBIBYTE), (M_TRIM_THRESHOLD, ONE_GIBIBYTE), (M_ARENA_MAX, 1))
-    return all(mallopt(name, value) for name, value in settings)
+    return all([mallopt(name, value) for name, value in settings])  # a list: the first refusal must not stop the rest

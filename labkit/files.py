@@ -10,6 +10,8 @@ from pathlib import Path
 
 REPOSITORY = Path(__file__).resolve().parent.parent
 DATA = REPOSITORY / "data"
+UMASK = os.umask(0)  # the only way to read it is to set it, so it is read once, before there are threads
+os.umask(UMASK)
 
 
 @contextlib.contextmanager
@@ -21,16 +23,10 @@ def whole_file(path: Path) -> Iterator[Path]:
     os.close(descriptor)
     try:
         yield Path(name)
-        os.chmod(name, 0o666 & ~_umask())  # mkstemp and safetensors make files private; these are meant to be read
+        os.chmod(name, 0o666 & ~UMASK)  # mkstemp and safetensors make files private; these are meant to be read
         os.replace(name, path)
     finally:
         Path(name).unlink(missing_ok=True)
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def write_json(path: Path, value: object) -> None:

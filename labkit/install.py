@@ -18,7 +18,7 @@ import sys
 from pathlib import Path
 
 from labkit.errors import LabError
-from labkit.files import REPOSITORY
+from labkit.files import REPOSITORY, write_json
 
 CONSTRAINTS = ["--constraint", "constraints.txt"]
 COURSE = ["--editable", ".[dev]"]
@@ -34,6 +34,7 @@ def main(arguments: list[str]) -> int:
         make_environment(folder)
         (folder / UNFINISHED).touch()
         install(folder, nvidia=has_nvidia_gpu(), links=os.environ.get("PIP_FIND_LINKS", ""))
+        silence_news(folder)
         (folder / UNFINISHED).unlink()
     except LabError as error:
         print(f"\nThe set-up did not finish. {error}", file=sys.stderr)
@@ -78,6 +79,12 @@ def make_environment(folder: Path) -> None:
     print(f"Making {folder} with Python {platform.python_version()}", flush=True)
     attempt([sys.executable, "-m", "venv", str(folder)],
             "On Debian and Ubuntu the module venv is a package of its own: sudo apt install python3-venv")
+
+
+def silence_news(folder: Path) -> None:
+    """JupyterLab's default settings here: no question about Jupyter news on the first screen of the course."""
+    overrides = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
+    write_json(folder / "share" / "jupyter" / "lab" / "settings" / "overrides.json", overrides)
 
 
 def unfinished(folder: Path) -> bool:

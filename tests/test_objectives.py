@@ -73,6 +73,25 @@ def test_bag_weights():
     assert_equal_with_gradient(bag_cross_entropy(logits, bag, weight), expected, logits)
 
 
+def test_losses_of_bf16_logits_are_computed_in_float32():
+    """bf16 logits give the loss of the same values in float32, to float32's precision: no sum is taken in bf16."""
+    logits, bag = case(V=19)
+    logits = logits.detach().bfloat16()
+    for loss in (bag_cross_entropy, bag_any_cross_entropy, bag_binary_cross_entropy, bag_margin_loss):
+        torch.testing.assert_close(loss(logits, bag), loss(logits.float(), bag), atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(next_token_loss(logits, bag[..., 0]), next_token_loss(logits.float(), bag[..., 0]))
+
+
+def test_bags_are_averaged_in_float32():
+    """The mean of bf16 embeddings is that of the same values in float32, rounded once."""
+    model = GPT(CONFIG).bfloat16()
+    bag = torch.randint(19, (2, 3, 16), generator=torch.Generator().manual_seed(0))
+    expected = model.embedding.weight.float()[bag].mean(2).bfloat16()
+    assert torch.equal(superpose(model, bag), expected)
+    one_by_one = sum(model.embedding.weight[bag[..., j]] for j in range(16)) / 16
+    assert not torch.equal(expected, one_by_one), "the case would not notice a sum in bf16"
+
+
 def test_bag_loss_ignores_order():
     """Permuting a bag changes the loss by nothing; exchanging tokens between bags does."""
     logits, bag = case()

@@ -1,5 +1,7 @@
 """Setting up: pins inside ranges, the right torch for each machine, no hidden error, nothing half done, true papers."""
 
+import inspect
+import json
 import os
 import re
 import shutil
@@ -163,6 +165,14 @@ def test_pip_takes_over_where_uv_cannot_be_had(steps, capsys):
     install.install(venv, nvidia=False, links="")
     assert "-m pip install" in commands[-1] and "--editable .[dev]" in commands[-1]
     assert "pip does the work" in capsys.readouterr().out and "backend" not in " ".join(commands)
+
+
+def test_the_first_screen_asks_nothing_about_news(tmp_path):
+    """The set-up turns JupyterLab's question about news off by the default settings of its own environment."""
+    install.silence_news(tmp_path)
+    written = json.loads((tmp_path / "share/jupyter/lab/settings/overrides.json").read_text())
+    assert written["@jupyterlab/apputils-extension:notification"]["fetchNews"] == "false"
+    assert "silence_news(folder)" in inspect.getsource(install.main)
 
 
 def test_a_failing_step_ends_the_set_up_and_the_next_begins_afresh(steps, capsys, monkeypatch):

@@ -1,6 +1,7 @@
 """The loop trains, resumes bit for bit, survives a kill, and refuses what cannot work."""
 
 import dataclasses
+import json
 import os
 import random
 import signal
@@ -11,10 +12,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from labkit.errors import LabError
 from labkit.measure.flops import forward_flops, training_flops
-from labkit.models import GPT, GPTConfig
+from labkit.models import GPT, GPTConfig, generate
 from labkit.trainers import (
     Example,
     Superposition,
@@ -29,11 +31,11 @@ from labkit.trainers import (
 )
 from labkit.trainers.checkpoint import load_model, save_model
 from labkit.trainers.schedule import learning_rate_factor
-from labkit.trainers.sft import pad_examples
+from labkit.trainers.sft import answer_loss, pad_examples
 
 CONFIG = GPTConfig(vocab_size=31, context=16, width=16, layers=2, heads=2, tied=False)
 SETTINGS = TrainSettings(steps=12, learning_rate=1e-2, batch=4, context=16, warmup=3, evaluate_every=5,
-                         checkpoint_every=4)
+                         checkpoint_every=3)
 TEXT = torch.arange(4000) * 7 % 31  # every token follows from the one before
 METHOD = Superposition(4, 0.5, redraw_vocabulary=True)
 
@@ -72,7 +74,7 @@ def test_resumed_equals_unbroken_bitwise(tmp_path, monkeypatch, stop):
     assert history.train == whole.train and history.evaluations == whole.evaluations
 
 
-LONG = dataclasses.replace(SETTINGS, steps=300, checkpoint_every=1)
+LONG = dataclasses.replace(SETTINGS, steps=1000, checkpoint_every=1)
 PROGRAM = """
 import sys, torch
 torch.set_num_threads(1)
@@ -92,7 +94,7 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", PROGRAM, path], env=environment)
     while not path.exists() and process.poll() is None:
         time.sleep(0.01)
-    time.sleep(random.uniform(0.0, 0.5))
+    time.sleep(random.uniform(0.0, 0.3))
     process.send_signal(signal.SIGKILL)
     assert process.wait(timeout=60) == -signal.SIGKILL, "the run ended before it was killed: give it more steps"
     resumed, undisturbed = GPT(CONFIG, seed=99), GPT(CONFIG)
@@ -101,11 +103,34 @@ def test_killed_and_resumed_gives_the_same_weights(tmp_path):
     assert torch.equal(weights(resumed), weights(undisturbed)) and history.train == whole.train
 
 
+def test_a_checkpoint_belongs_to_one_run(tmp_path):
+    """Another method, another shape or another text is refused, though the settings are equal."""
+    path = tmp_path / "run.safetensors"
+    pretrain_superposed(GPT(CONFIG), TEXT, SETTINGS, METHOD, checkpoint=path)
+    wider = dataclasses.replace(CONFIG, width=32)
+    for model, text, method in ((GPT(CONFIG), TEXT, Superposition(2, 0.5)), (GPT(wider), TEXT, METHOD),
+                                (GPT(CONFIG), TEXT.flip(0)[:-1], METHOD)):
+        with pytest.raises(LabError, match="another run"):
+            pretrain_superposed(model, text, SETTINGS, method, checkpoint=path)
+    finished = GPT(CONFIG)
+    pretrain_superposed(finished, TEXT, SETTINGS, METHOD, checkpoint=path)
+
+
+def test_bf16_products_train_too():
+    """Products in bfloat16 under autocast learn the rule as well, with QK-norm, and the weights stay in float32."""
+    model = GPT(dataclasses.replace(CONFIG, qk_norm=True))
+    history = pretrain(model, TEXT, dataclasses.replace(SETTINGS, steps=150, precision="bf16"), held_out_M=TEXT)
+    assert history.final_loss < 0.1 and all(p.dtype == torch.float32 for p in model.parameters())
+    with torch.autocast("cpu", torch.bfloat16):
+        new = generate(model, TEXT[None, :4], max_new_tokens=8, temperature=0)
+    assert torch.equal(new.tokens_BT[0], TEXT[4:12])
+
+
 def test_damaged_or_foreign_checkpoints_are_refused(tmp_path):
     """A cut file, and one of other settings, are refused in a sentence that names the file; the file stays."""
     path = tmp_path / "run.safetensors"
     pretrain(GPT(CONFIG), TEXT, SETTINGS, checkpoint=path)
-    with pytest.raises(LabError, match="other settings"):
+    with pytest.raises(LabError, match="another run"):
         pretrain(GPT(CONFIG), TEXT, dataclasses.replace(SETTINGS, learning_rate=1e-3), checkpoint=path)
     whole = path.read_bytes()
     for size in (0, 7, len(whole) // 2, len(whole) - 1):
@@ -151,20 +176,29 @@ def test_schedules(kind, expected):
     seen = [learning_rate_factor(step, 100, warmup=4, kind=kind, decay=0.2) for step in (0, 3, 11, 50, 99)]
     assert seen == pytest.approx(expected, abs=0.003)
     with pytest.raises(LabError, match="no schedule"):
-        TrainSettings(steps=10, learning_rate=1e-3, schedule="linear")
+        TrainSettings(steps=100, learning_rate=1e-3, schedule="linear")
 
 
 def test_sft_learns_answers_only():
-    """The loss does not depend on which prompt token is hard: gradients of the logits are zero on prompt targets."""
+    """The loss is the mean surprise of the answers' tokens, by hand; with `on_prompts` the prompts' count too."""
     examples = [Example([1, 2, 3], [4, 5]), Example([6], [7, 8, 9])]
     tokens, answers = pad_examples(examples)
     assert tokens.tolist() == [[1, 2, 3, 4, 5], [6, 7, 8, 9, 0]]
     assert answers.int().tolist() == [[0, 0, 0, 1, 1], [0, 1, 1, 1, 0]]
     model = GPT(CONFIG)
+    logprob = model(tokens[:, :-1]).log_softmax(-1).gather(2, tokens[:, 1:, None])[..., 0]
+    places = [(0, 2), (0, 3), (1, 0), (1, 1), (1, 2)]
+    by_hand = -torch.stack([logprob[place] for place in places]).mean()
+    torch.testing.assert_close(answer_loss(model, examples), by_hand)
+    with_prompts = -torch.stack([logprob[place] for place in [*places, (0, 0), (0, 1)]]).mean()
+    torch.testing.assert_close(answer_loss(model, examples, on_prompts=True), with_prompts)
+    assert abs(with_prompts - by_hand) > 1e-3
     history = sft(model, examples, dataclasses.replace(SETTINGS, steps=80), held_out=examples)
     assert history.final_loss < 0.05
     with pytest.raises(LabError, match="Example 0 has 17"):
         sft(model, [Example(range(17), [1])], SETTINGS)
+    with pytest.raises(LabError, match="Example 0 has 0 prompt"):
+        sft(model, [Example([], [1])], SETTINGS)
     with pytest.raises(LabError, match="nothing to learn"):
         sft(model, [], SETTINGS)
 
@@ -179,14 +213,15 @@ def test_order_and_workers_change_nothing():
     """Runs side by side give the results of runs one after the other, in the order asked; an error is raised."""
     runs = {seed: lambda seed=seed: pretrain(GPT(CONFIG, seed=seed), TEXT, SETTINGS, held_out_M=TEXT).final_loss
             for seed in range(4)}
-    side_by_side = run_all(runs, workers=3)
-    assert list(side_by_side) == [0, 1, 2, 3] and side_by_side == run_all(runs, workers=1)
+    cpu = torch.device("cpu")
+    side_by_side = run_all(runs, cpu, workers=3)
+    assert list(side_by_side) == [0, 1, 2, 3] and side_by_side == run_all(runs, cpu, workers=1)
 
     def fails():
         raise ValueError("this one")
 
     with pytest.raises(ValueError, match="this one"):
-        run_all({0: fails, 1: runs[1]}, workers=1)
+        run_all({0: fails, 1: runs[1]}, cpu, workers=1)
 
 
 def test_saved_model_is_the_model(tmp_path):
@@ -198,3 +233,10 @@ def test_saved_model_is_the_model(tmp_path):
     assert held_out_loss(again, TEXT, context=16) == held_out_loss(model, TEXT, context=16)
     with pytest.raises(LabError, match="missing"):
         load_model(tmp_path / "none.safetensors")
+    save_file(model.state_dict(), path)
+    with pytest.raises(LabError, match="does not say which model"):
+        load_model(path)
+    wider = dataclasses.asdict(dataclasses.replace(CONFIG, width=32))
+    save_file(model.state_dict(), path, {"config": json.dumps(wider)})
+    with pytest.raises(LabError, match="do not fit the shape"):
+        load_model(path)

@@ -28,7 +28,10 @@ class Lab:
 
         self.notebook, choice, self._start = notebook, choose_scale(), time.monotonic()
         self.scale = choice.name
-        cuda = self.scale == "workstation" and torch.cuda.is_available()
+        if self.scale == "workstation" and not torch.cuda.is_available():
+            raise LabError("The workstation scale needs a CUDA device, and PyTorch finds none.",
+                           "Use --scale desk (or LABKIT_SCALE=desk); `labkit doctor` says what is missing.")
+        cuda = self.scale == "workstation"
         self.device = torch.device("cuda" if cuda else "cpu")
         self.dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
         self.interactive = progress.interactive() and display.kernel() is not None

@@ -95,12 +95,18 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str:
-    """The repository's commit, with a mark if files were changed since; "unknown" without git."""
-    command = ["git", "-C", str(REPOSITORY), "describe", "--always", "--dirty", "--abbrev=12"]
+    """The repository's commit, with a mark if files that matter were changed or added since; "unknown" without git."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+        name, changed = (_git(*words) for words in (("rev-parse", "--short=12", "HEAD"),
+                                                    ("status", "--porcelain", "--", "labkit", "notebooks", "data")))
     except (OSError, subprocess.SubprocessError):
         return "unknown"
+    return f"{name}-dirty" if changed else name
+
+
+def _git(*words: str) -> str:
+    command = ["git", "-C", str(REPOSITORY), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
 _COMMIT: list[str] = []  # asked once a process, before the run itself can change a file

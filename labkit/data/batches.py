@@ -19,6 +19,7 @@ from labkit.files import REPOSITORY, whole_file
 
 CACHE = REPOSITORY / ".labkit" / "cache"
 SPLITS = ("train", "held_out")
+DAMAGE = (zipfile.BadZipFile, OSError, ValueError, EOFError, KeyError, RuntimeError)  # how numpy meets a damaged file
 
 
 def tokens_of(corpus: str | Corpus, tokenizer: Tokenizer, split: str = "train", *, cache: bool = True) -> Tensor:
@@ -34,7 +35,7 @@ def tokens_of(corpus: str | Corpus, tokenizer: Tokenizer, split: str = "train", 
     path = CACHE / f"tokens-{key}.npz"
     if cache and path.is_file():
         # A damaged file is made again: it is only a cache. The zip's checksum notices even one flipped bit.
-        with contextlib.suppress(zipfile.BadZipFile, OSError, ValueError, EOFError, KeyError), open(path, "rb") as file:
+        with contextlib.suppress(*DAMAGE), open(path, "rb") as file:
             return torch.from_numpy(np.load(file)["tokens"].astype(np.int64))
     ids = _encode(corpus, tokenizer, split)
     if cache:

@@ -95,7 +95,8 @@ def checked_file(name: str, folder: Path) -> Path:
     state = "is missing" if not path.is_file() else "was altered" if sha256(path) != entry.get("sha256") else ""
     if state:
         fix = f"git checkout -- data/{folder.name}" + (f"/{entry['file']}" if "file" in entry else "")
-        raise LabError(f"The file {path} {state}.", f"Restore it: {fix}   or: python data/build.py {name}")
+        remake = entry.get("command", f"python data/build.py {name}")
+        raise LabError(f"The file {path} {state}.", f"Restore it: {fix}   or: {remake}")
     return path
 
 

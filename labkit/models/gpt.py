@@ -42,6 +42,10 @@ class GPTConfig:
     norm_eps: float = 1e-5
 
     def __post_init__(self):
+        if min(self.vocab_size, self.context, self.width, self.layers, self.heads) < 1 or self.kv_heads == 0:
+            raise LabError(f"A decoder with vocab_size={self.vocab_size}, context={self.context}, width={self.width}, "
+                           f"layers={self.layers}, heads={self.heads}, kv_heads={self.kv_heads} cannot be built.",
+                           "Use whole numbers of 1 or more.")
         fill = {
             "kv_heads": self.heads,
             "head_size": self.width // self.heads,
@@ -66,7 +70,8 @@ class RMSNorm(nn.Module):
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        # under autocast x is bf16 and the weight is not; unequal types take a slow path, with a warning
+        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
 
 
 def rope_tables(context: int, head_size: int, base: float) -> tuple[Tensor, Tensor]:

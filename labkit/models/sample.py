@@ -66,6 +66,8 @@ def check_settings(model: GPT, prompt_BT: Tensor, new: int, temperature: float, 
     if prompt_BT.shape[1] + new > model.config.context + 1:
         raise LabError(f"A prompt of {prompt_BT.shape[1]} and {new} new tokens exceed a context of "
                        f"{model.config.context}.", "Ask for fewer tokens.")
+    if new < 1:
+        raise LabError(f"{new} new tokens cannot be drawn.", "Ask for at least one.")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise LabError(f"temperature {temperature}, top_k {top_k}, top_p {top_p} describe no distribution.",
                        "Use temperature >= 0, top_k >= 1 and 0 < top_p <= 1.")

@@ -45,7 +45,7 @@ def bag_cross_entropy(logits_BNV: Tensor, bag_BNS: Tensor, weight_S: Tensor | No
     """
     logits_BNV = logits_BNV.float()  # a bf16 logsumexp over a large vocabulary loses the digits that matter
     covered_BNS = logits_BNV.gather(2, bag_BNS)
-    score_BN = covered_BNS.mean(2) if weight_S is None else covered_BNS @ weight_S
+    score_BN = covered_BNS.mean(2) if weight_S is None else (covered_BNS * weight_S).sum(2)
     return (logits_BNV.logsumexp(2) - score_BN).mean()
 
 

@@ -69,9 +69,11 @@ def bits_per_byte_of(model: GPT, tokens_M: Tensor, text_bytes: int, batch: int =
     Every token but the first is predicted once; the tokens at the start of a window have little to go on, so this is an
     upper bound of what the model knows. The last incomplete window is left out, with its share of the bytes.
     """
-    context = model.config.context
+    context, device = model.config.context, model.embedding.weight.device
+    if len(tokens_M) <= context:
+        raise LabError(f"{len(tokens_M)} tokens do not fill one window of {context}.", "Measure on a longer text.")
     windows_NT = tokens_M.unfold(0, context + 1, context)
-    nats = sum(float(next_token_loss(model(part[:, :-1]), part[:, 1:])) * part[:, 1:].numel()
-               for part in windows_NT.split(batch))
+    parts = [part.to(device) for part in windows_NT.split(batch)]
+    nats = sum(float(next_token_loss(model(part[:, :-1]), part[:, 1:])) * part[:, 1:].numel() for part in parts)
     share = windows_NT.shape[0] * context / len(tokens_M)
     return nats / (math.log(2) * text_bytes * share)

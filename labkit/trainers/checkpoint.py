@@ -1,7 +1,7 @@
 """Checkpoints: one safetensors file with weights, optimizer state, history and the number of the next step.
 
 The file is written beside its place and renamed, so that a kill at any moment leaves the old one or the new one.
-safetensors holds plain numbers and no code. A checkpoint remembers the settings that made it and refuses others.
+safetensors holds plain numbers and no code. A checkpoint remembers which run made it and refuses others.
 """
 
 import dataclasses
@@ -18,26 +18,26 @@ from labkit.files import whole_file
 from labkit.models import GPT, GPTConfig
 
 
-def save_checkpoint(path: Path, model: nn.Module, optimizer, history, settings, next_step: int) -> None:
-    """Write the whole state of a run."""
+def save_checkpoint(path: Path, model: nn.Module, optimizer, history, identity: str, next_step: int) -> None:
+    """Write the whole state of a run. `identity` says which run it is; only the same run may continue from it."""
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     tensors |= {f"history.train.{key}": as_column(value) for key, value in history.train.items()}
     tensors |= {f"history.evaluations.{key}": as_column(value) for key, value in history.evaluations.items()}
-    metadata = {"next_step": str(next_step), "settings": settings_key(settings)}
+    metadata = {"next_step": str(next_step), "identity": identity}
     with whole_file(path) as temporary:
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
 
 
-def load_checkpoint(path: Path, model: nn.Module, optimizer, history, settings) -> int:
+def load_checkpoint(path: Path, model: nn.Module, optimizer, history, identity: str) -> int:
     """Put a saved state into model, optimizer and history; return the number of the next step (0 without a file)."""
     if not Path(path).exists():
         return 0
     tensors, metadata = read_tensors(path)
-    if metadata.get("settings") != settings_key(settings):
-        raise LabError(f"The checkpoint {path} was made with other settings.",
-                       "Train with those settings, or delete the file to start anew.")
+    if metadata.get("identity") != identity:
+        raise LabError(f"The checkpoint {path} belongs to another run: its settings, method, model or text differ.",
+                       "Repeat that run exactly, or delete the file to start anew.")
     parts = {prefix: {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
              for prefix in ("model.", "optimizer.", "history.")}
     model.load_state_dict(parts["model."])
@@ -54,11 +54,6 @@ def load_checkpoint(path: Path, model: nn.Module, optimizer, history, settings) 
 def as_column(values: list[float]) -> Tensor:
     """A column of the history as float64, in which a step number is exact."""
     return torch.tensor(values, dtype=torch.float64)
-
-
-def settings_key(settings) -> str:
-    """Settings as text; two are equal exactly if these are."""
-    return json.dumps(dataclasses.asdict(settings), sort_keys=True)
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -87,6 +82,10 @@ def load_model(path: Path, device: torch.device | str = "cpu") -> GPT:
     tensors, metadata = read_tensors(path)
     if "config" not in metadata:
         raise LabError(f"The file {path} does not say which model it holds.", "Write it with `save_model`.")
-    model = GPT(GPTConfig(**json.loads(metadata["config"])))
-    model.load_state_dict({name: value.float() for name, value in tensors.items()})
+    try:
+        model = GPT(GPTConfig(**json.loads(metadata["config"])))
+        model.load_state_dict({name: value.float() for name, value in tensors.items()})
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise LabError(f"The weights in {path} do not fit the shape it states ({error}).",
+                       "Write it anew with `save_model`.") from None
     return model.to(device)

@@ -6,6 +6,7 @@ step, and an interrupted run that is continued ends with the same weights, bit f
 Optimizer: AdamW (arXiv 1711.05101), weight decay on matrices only; gradient clipping by global norm.
 """
 
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -22,7 +23,7 @@ from labkit.trainers.schedule import learning_rate_factor
 
 @dataclass(frozen=True)
 class TrainSettings:
-    """How to train, whatever the objective. Two runs with equal settings on one machine give equal weights."""
+    """How to train, whatever the objective. On a CPU two runs with equal settings give equal weights, bit for bit."""
 
     steps: int
     learning_rate: float
@@ -44,6 +45,9 @@ class TrainSettings:
         if self.steps < 1 or self.batch < 1 or self.context < 1:
             raise LabError(f"Training needs at least one step, sequence and position, not steps={self.steps}, "
                            f"batch={self.batch}, context={self.context}.", "Use whole numbers of 1 or more.")
+        if self.evaluation_windows < 1 or not 0 <= self.warmup <= self.steps or self.seed < 0:
+            raise LabError(f"evaluation_windows={self.evaluation_windows}, warmup={self.warmup} and seed={self.seed} "
+                           f"do not fit {self.steps} steps.", "Use windows >= 1, 0 <= warmup <= steps and seed >= 0.")
         if self.precision not in ("fp32", "bf16"):
             raise LabError(f"There is no precision {self.precision!r}.", "Choose fp32 or bf16.")
         learning_rate_factor(0, self.steps, warmup=self.warmup, kind=self.schedule)  # refuses an unknown schedule
@@ -90,7 +94,7 @@ def train_step(model: nn.Module, optimizer, loss_at, step: int, settings: TrainS
 def train(model: nn.Module, loss_at: Callable[[nn.Module, int], Tensor], settings: TrainSettings, *,
           evaluate: Callable[[nn.Module], float] | None = None,
           before_step: Mapping[int, Callable[[nn.Module], None]] | None = None,
-          checkpoint: Path | None = None, label: str = "training") -> History:
+          checkpoint: Path | None = None, identity: str = "", label: str = "training") -> History:
     """Train `model` in place.
 
     Args:
@@ -98,12 +102,15 @@ def train(model: nn.Module, loss_at: Callable[[nn.Module, int], Tensor], setting
         evaluate: model -> held-out loss, called before the first step, every `evaluate_every` steps and after the last.
         before_step: things to do to the model once, just before the step of that number.
         checkpoint: a file to continue from if it exists, and to write every `checkpoint_every` steps.
+        identity: what else, besides the settings, tells this run from others (model, text, method); a checkpoint of
+            another run is refused.
         label: of the progress bar.
     Raises:
-        LabError: the checkpoint is damaged or of other settings; the loss is not finite.
+        LabError: the checkpoint is damaged or of another run; the loss is not finite.
     """
     optimizer, history, start = make_optimizer(model, settings), History(), time.perf_counter()
-    first = load_checkpoint(checkpoint, model, optimizer, history, settings) if checkpoint else 0
+    identity = f"{settings} {identity}"
+    first = load_checkpoint(checkpoint, model, optimizer, history, identity) if checkpoint else 0
     pending: list[tuple[int, Tensor, Tensor]] = []  # not yet read from the device
     with bar(settings.steps, label) as progress:
         progress.update(first)
@@ -119,7 +126,7 @@ def train(model: nn.Module, loss_at: Callable[[nn.Module, int], Tensor], setting
                 read_pending(history, pending, label)
                 progress.set_postfix_str(f"loss {history.train['loss'][-1]:.3f}")
             if due:
-                save_checkpoint(checkpoint, model, optimizer, history, settings, step + 1)
+                save_checkpoint(checkpoint, model, optimizer, history, identity, step + 1)
     if evaluate and history.evaluations["step"][-1:] != [settings.steps]:
         record_evaluation(history, settings.steps, evaluate, model)
     history.seconds += time.perf_counter() - start
@@ -139,7 +146,7 @@ def read_pending(history: History, pending: list, label: str) -> None:
         losses = torch.stack([loss for _, loss, _ in pending]).tolist()
         norms = torch.stack([norm for _, _, norm in pending]).tolist()
         for (step, _, _), loss, norm in zip(pending, losses, norms, strict=True):
-            if loss != loss or norm != norm or abs(loss) == float("inf"):
+            if not (math.isfinite(loss) and math.isfinite(norm)):
                 raise LabError(f"The loss of {label} stopped being finite at step {step}.",
                                "Lower the learning rate, or raise the warm-up.")
             for column, value in zip(("step", "loss", "gradient_norm"), (step, loss, norm), strict=True):

@@ -30,6 +30,11 @@ def held_out_loss(model: GPT, tokens_M: Tensor, *, context: int, windows: int = 
     return float(torch.stack(losses).sum() / windows)
 
 
+def text_identity(model: GPT, tokens_M: Tensor) -> str:
+    """Shape and text of a run, for its checkpoint."""
+    return f"{model.config} {len(tokens_M)} tokens with sum {int(tokens_M.sum())}"
+
+
 def pretrain(model: GPT, tokens_M: Tensor, settings: TrainSettings, *, held_out_M: Tensor | None = None,
              checkpoint: Path | None = None, label: str = "pre-training") -> History:
     """Train on windows of `tokens_M`; measure on `held_out_M` where it is given."""
@@ -41,4 +46,5 @@ def pretrain(model: GPT, tokens_M: Tensor, settings: TrainSettings, *, held_out_
 
     evaluate = None if held_out_M is None else lambda m: held_out_loss(
         m, held_out_M, context=settings.context, windows=settings.evaluation_windows)
-    return train(model, loss_at, settings, evaluate=evaluate, checkpoint=checkpoint, label=label)
+    return train(model, loss_at, settings, evaluate=evaluate, checkpoint=checkpoint, label=label,
+                 identity=text_identity(model, tokens_M) if checkpoint else "")

@@ -49,27 +49,36 @@ def answer_loss(model: GPT, examples: Sequence[Example], *, on_prompts: bool = F
     return next_token_loss(model(tokens_BT[:, :-1]), tokens_BT[:, 1:], counts_BT[:, 1:])
 
 
+@torch.no_grad()
+def held_out_answer_loss(model: GPT, examples: Sequence[Example], batch: int) -> float:
+    """Mean loss over all answer tokens, computed `batch` examples at a time."""
+    parts = [examples[start : start + batch] for start in range(0, len(examples), batch)]
+    answers = [sum(len(example.answer) for example in part) for part in parts]
+    losses = [float(answer_loss(model, part)) * count for part, count in zip(parts, answers, strict=True)]
+    return sum(losses) / sum(answers)
+
+
 def sft(model: GPT, examples: Sequence[Example], settings: TrainSettings, *, held_out: Sequence[Example] = (),
         on_prompts: bool = False, checkpoint: Path | None = None, label: str = "fine-tuning") -> History:
     """Fine-tune on batches drawn from (seed, step); `settings.context` is the longest example allowed.
 
     Raises:
-        LabError: there is no example, an example has no answer, or one is longer than the context.
+        LabError: there is no example, an example has no prompt or no answer, or one is longer than the context.
     """
     if not examples:
         raise LabError("There is nothing to learn from.", "Give at least one example.")
-    for number, example in enumerate(examples):
-        if not example.answer or len(example.prompt) + len(example.answer) > settings.context:
+    for number, example in enumerate([*examples, *held_out]):
+        length = len(example.prompt) + len(example.answer)
+        if not example.prompt or not example.answer or length > settings.context:
             raise LabError(
                 f"Example {number} has {len(example.prompt)} prompt and {len(example.answer)} answer tokens.",
-                f"Give it an answer, and no more than the context of {settings.context} tokens in all.")
+                f"Give it a prompt, an answer, and no more than the context of {settings.context} tokens in all.")
 
     def loss_at(model: GPT, step: int) -> Tensor:
         rows = np.random.default_rng((settings.seed, step)).integers(len(examples), size=settings.batch)
         return answer_loss(model, [examples[row] for row in rows], on_prompts=on_prompts)
 
     def evaluate(model: GPT) -> float:
-        with torch.no_grad():
-            return float(answer_loss(model, held_out))
+        return held_out_answer_loss(model, held_out, settings.batch)
 
     return train(model, loss_at, settings, evaluate=evaluate if held_out else None, checkpoint=checkpoint, label=label)

@@ -20,7 +20,7 @@ from labkit.errors import LabError
 from labkit.models import GPT
 from labkit.objectives import bag_cross_entropy, next_token_loss, split_into_bags
 from labkit.trainers.loop import History, TrainSettings, train
-from labkit.trainers.pretrain import held_out_loss, window_loss
+from labkit.trainers.pretrain import held_out_loss, text_identity, window_loss
 
 BagLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -41,6 +41,11 @@ class Superposition:
             raise LabError(f"A bag of {self.bag_size} for a share of {self.share} of the steps is no schedule.",
                            "Use a bag size of 1 or more and a share from 0 to 1.")
 
+    def describe(self) -> str:
+        """The method as text, the loss by its name."""
+        fields = {**vars(self), "bag_loss": getattr(self.bag_loss, "__qualname__", type(self.bag_loss).__name__)}
+        return f"Superposition {fields}"
+
     def steps_on_bags(self, steps: int) -> int:
         """How many of `steps` belong to phase 1."""
         return round(self.share * steps)
@@ -53,9 +58,8 @@ class Superposition:
 
 
 def superpose(model: GPT, bag_BNS: Tensor) -> Tensor:
-    """Mean of the embeddings of each bag, [B, N, D], summed in float32."""
-    embedded_BNSD = model.embed(bag_BNS)
-    return embedded_BNSD.float().mean(2).to(embedded_BNSD.dtype)
+    """Mean of the embeddings of each bag, [B, N, D]; torch sums a mean in float32 also where the embeddings are bf16."""
+    return model.embed(bag_BNS).mean(2)
 
 
 def superposed_loss(model: GPT, text_BL: Tensor, bag_size: int, bag_loss: BagLoss = bag_cross_entropy) -> Tensor:
@@ -111,4 +115,5 @@ def pretrain_superposed(model: GPT, tokens_M: Tensor, settings: TrainSettings, m
     evaluate = None if held_out_M is None else lambda m: held_out_loss(
         m, held_out_M, context=settings.context, windows=settings.evaluation_windows)
     return train(model, loss_at, settings, evaluate=evaluate, checkpoint=checkpoint, label=label,
+                 identity=f"{method.describe()} {text_identity(model, tokens_M)}" if checkpoint else "",
                  before_step={switch: redraw} if method.redraw_vocabulary else None)

@@ -8,7 +8,7 @@ no result.
 
 import os
 from collections.abc import Callable, Hashable, Mapping
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from typing import TypeVar
 
 import torch
@@ -20,9 +20,9 @@ Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
 
 
-def default_workers() -> int:
-    """One on a GPU, else one a core that this process may use."""
-    if torch.cuda.is_available():
+def workers_for(device: torch.device) -> int:
+    """One on a GPU, else one for each core that this process may use."""
+    if device.type == "cuda":
         return 1
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
@@ -33,19 +33,20 @@ def without_bar(run: Callable[[], Result]) -> Result:
         return run()
 
 
-def run_all(runs: Mapping[Key, Callable[[], Result]], *, workers: int | None = None,
+def run_all(runs: Mapping[Key, Callable[[], Result]], device: torch.device, *, workers: int | None = None,
             label: str = "runs") -> dict[Key, Result]:
     """Call every function and return the results by key, in the order of `runs`.
 
-    The first exception stops what has not begun and is raised.
+    `device` is where they compute. The first exception, or Ctrl-C, stops what has not begun and is raised.
     """
     keep_freed_memory()
     torch.set_num_threads(1)
-    with bar(len(runs), label, unit="run") as progress, ThreadPoolExecutor(workers or default_workers()) as pool:
+    with bar(len(runs), label, unit="run") as progress, ThreadPoolExecutor(workers or workers_for(device)) as pool:
         futures = {key: pool.submit(without_bar, run) for key, run in runs.items()}
-        for future in futures.values():
-            future.add_done_callback(lambda _: progress.update(1))
-        _, waiting = wait(futures.values(), return_when=FIRST_EXCEPTION)
-        for future in waiting:
-            future.cancel()
+        try:
+            for future in as_completed(futures.values()):
+                future.result()
+                progress.update(1)  # from this thread: a notebook's bar does not like others
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
         return {key: future.result() for key, future in futures.items()}
