@@ -58,7 +58,7 @@ class Superposition:
 
 
 def superpose(model: GPT, bag_BNS: Tensor) -> Tensor:
-    """Mean of the embeddings of each bag, [B, N, D]; torch sums a mean in float32 also where the embeddings are bf16."""
+    """Mean of the embeddings of each bag, [B, N, D]; of bf16 embeddings too torch takes it in float32."""
     return model.embed(bag_BNS).mean(2)
 
 
