@@ -150,6 +150,13 @@ def test_unknown_names_are_refused_before_anything_starts(place):
             run.run_notebook("98", save=True, **options)
 
 
+def test_the_workstation_scale_without_a_gpu_is_one_sentence(place, monkeypatch):
+    """Hours on a CPU under the name of a GPU help nobody: refused before a kernel starts, nothing written."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(LabError, match="needs a CUDA device"):
+        run.run_notebook("98", "workstation")
+
+
 def test_saving_twice_gives_the_same_file(place):
     """No times, no random names: two equal runs don't show up in git."""
     path = lab_with(place, "print(1)", "print(1)", "x = 1")

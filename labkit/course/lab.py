@@ -16,7 +16,7 @@ from types import SimpleNamespace
 
 from labkit import progress
 from labkit.course import check, display, predict, record, widgets
-from labkit.course.scale import SCALES, choose_scale
+from labkit.course.scale import SCALES, choose_scale, has_device
 from labkit.errors import LabError
 
 
@@ -28,10 +28,7 @@ class Lab:
 
         self.notebook, choice, self._start = notebook, choose_scale(), time.monotonic()
         self.scale = choice.name
-        if self.scale == "workstation" and not torch.cuda.is_available():
-            raise LabError("The workstation scale needs a CUDA device, and PyTorch finds none.",
-                           "Use --scale desk (or LABKIT_SCALE=desk); `labkit doctor` says what is missing.")
-        cuda = self.scale == "workstation"
+        cuda = has_device(self.scale)
         self.device = torch.device("cuda" if cuda else "cpu")
         self.dtype = torch.bfloat16 if cuda and torch.cuda.is_bf16_supported() else torch.float32
         self.interactive = progress.interactive() and display.kernel() is not None

@@ -23,7 +23,7 @@ from pathlib import Path
 from labkit.course import record
 from labkit.course.header import find_notebook, header_of, headings, read_notebook, text_of
 from labkit.course.lab import Lab
-from labkit.course.scale import check_scale
+from labkit.course.scale import check_scale, has_device
 from labkit.errors import LabError
 from labkit.files import REPOSITORY, whole_file, write_json
 
@@ -57,7 +57,7 @@ def run_notebook(number: str, scale: str, *, in_process: bool = False, save: boo
     """
     from labkit.course.run_progress import RunProgress
 
-    check_scale(scale)
+    has_device(check_scale(scale))
     path = find_notebook(number)
     if save and (in_process or scale != "quick"):
         raise LabError("Only a run at quick scale in a kernel can be saved into the notebook.",

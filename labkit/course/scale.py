@@ -28,6 +28,18 @@ def check_scale(name: str) -> str:
     return name
 
 
+def has_device(name: str) -> bool:
+    """Whether the runs of this scale go to a CUDA device; a LabError if they need one and there is none."""
+    if name != "workstation":
+        return False
+    import torch
+
+    if not torch.cuda.is_available():
+        raise LabError("The workstation scale needs a CUDA device, and PyTorch finds none.",
+                       "Use --scale desk (or LABKIT_SCALE=desk); `labkit doctor` says what is missing.")
+    return True
+
+
 def choose_scale() -> Choice:
     """The scale of this process: LABKIT_SCALE first, then the hardware."""
     wanted = os.environ.get("LABKIT_SCALE")
