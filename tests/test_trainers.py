@@ -112,8 +112,11 @@ def test_a_checkpoint_belongs_to_one_run(tmp_path):
                                 (GPT(CONFIG), TEXT.flip(0)[:-1], METHOD)):
         with pytest.raises(LabError, match="another run"):
             pretrain_superposed(model, text, SETTINGS, method, checkpoint=path)
-    finished = GPT(CONFIG)
-    pretrain_superposed(finished, TEXT, SETTINGS, METHOD, checkpoint=path)
+    pretrain_superposed(GPT(CONFIG), TEXT, SETTINGS, METHOD, checkpoint=path)
+    path = tmp_path / "sft.safetensors"
+    sft(GPT(CONFIG), [Example([1], [2])], SETTINGS, checkpoint=path)
+    with pytest.raises(LabError, match="another run"):
+        sft(GPT(CONFIG), [Example([1], [3])], SETTINGS, checkpoint=path)
 
 
 def test_bf16_products_train_too():

@@ -4,14 +4,15 @@ So the picture can't differ from what the notebook shows; tests/test_scoreboard.
 """
 
 import base64
-from pathlib import Path
 
 from labkit.course.header import find_notebook, read_notebook
+from labkit.course.scoreboard import between_marks
 from labkit.errors import LabError
 from labkit.files import DATA, REPOSITORY, whole_file
 
 BEGIN, END = "<!-- picture:begin -->", "<!-- picture:end -->"
 SHOWN = ("02", "copy rate")  # the notebook, and words of the alternative text of its figure
+README = REPOSITORY / "README.md"
 FILE = DATA / "results" / "pictures" / "finding.png"
 
 
@@ -30,14 +31,14 @@ def chosen_figure() -> tuple[bytes, str]:
 def with_picture(readme: str, alt: str) -> str:
     """README's text with the picture between its marks."""
     link = f"![{alt}]({FILE.relative_to(REPOSITORY).as_posix()})\n"
-    before, after = readme[: readme.index(BEGIN)], readme[readme.index(END) :]
-    return f"{before}{BEGIN}\n{link}\n*From lab 02: {alt}*\n{after}"
+    return between_marks(readme, BEGIN, END, f"{link}\n*From lab {SHOWN[0]}: {alt}*", README)
 
 
-def update_picture(path: Path = REPOSITORY / "README.md") -> None:
+def update_picture() -> None:
     """Write the picture's file and README's link to it."""
     png, alt = chosen_figure()
     with whole_file(FILE) as temporary:
         temporary.write_bytes(png)
-    with whole_file(path) as temporary:
-        temporary.write_text(with_picture(path.read_text(encoding="utf-8"), alt), encoding="utf-8")
+    text = with_picture(README.read_text(encoding="utf-8"), alt)
+    with whole_file(README) as temporary:
+        temporary.write_text(text, encoding="utf-8")

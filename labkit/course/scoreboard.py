@@ -76,10 +76,14 @@ def update_readme(path: Path | None = None, results_folder: Path | None = None) 
 
 def with_scoreboard(text: str, board: str, path: Path) -> str:
     """README's text with `board` between the two marks, each of which must stand there once, in order."""
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise LabError(f"{path} does not hold the scoreboard's two marks once each.", f"Put {BEGIN} and {END} there.")
-    before, after = text[: text.index(BEGIN)], text[text.index(END) :]
-    return f"{before}{BEGIN}\n{board}\n{after}"
+    return between_marks(text, BEGIN, END, board, path)
+
+
+def between_marks(text: str, begin: str, end: str, content: str, path: Path) -> str:
+    """`text` with `content` between two marks. Raises LabError unless each stands there once, in order."""
+    if text.count(begin) != 1 or text.count(end) != 1 or text.index(begin) > text.index(end):
+        raise LabError(f"{path} does not hold its two marks once each.", f"Put {begin} and {end} there.")
+    return f"{text[: text.index(begin)]}{begin}\n{content}\n{text[text.index(end) :]}"
 
 
 def print_table(rows: list[dict]) -> None:

@@ -7,14 +7,13 @@ byte, the unit that tokenizers share, on held-out addresses and on a second doma
     bits per byte = (sum of -log p over all tokens, in nats) / (ln 2 * bytes of the text)
 """
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from labkit.data import Tokenizer, load_tokenizer
+from labkit.data import Tokenizer, bits_per_byte, load_tokenizer
 from labkit.data.corpora import checked_file, read_manifest
 from labkit.errors import LabError
 from labkit.files import DATA
@@ -73,7 +72,6 @@ def bits_per_byte_of(model: GPT, tokens_M: Tensor, text_bytes: int, batch: int =
     if len(tokens_M) <= context:
         raise LabError(f"{len(tokens_M)} tokens do not fill one window of {context}.", "Measure on a longer text.")
     windows_NT = tokens_M.unfold(0, context + 1, context)
-    parts = [part.to(device) for part in windows_NT.split(batch)]
-    nats = sum(float(next_token_loss(model(part[:, :-1]), part[:, 1:])) * part[:, 1:].numel() for part in parts)
-    share = windows_NT.shape[0] * context / len(tokens_M)
-    return nats / (math.log(2) * text_bytes * share)
+    parts = (part.to(device) for part in windows_NT.split(batch))
+    nats = sum(float(next_token_loss(model(part[:, :-1]), part[:, 1:])) * len(part) for part in parts) / len(windows_NT)
+    return bits_per_byte(nats, bytes_per_token=text_bytes / len(tokens_M))

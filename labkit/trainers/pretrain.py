@@ -3,6 +3,7 @@
     L = mean over windows and positions of  -log p(x_{t+1} | x_0 .. x_t)
 """
 
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,6 +31,13 @@ def held_out_loss(model: GPT, tokens_M: Tensor, *, context: int, windows: int = 
     return float(torch.stack(losses).sum() / windows)
 
 
+def evaluation_on(held_out_M: Tensor | None, settings: TrainSettings) -> Callable[[GPT], float] | None:
+    """What `train` calls to measure a model on a held-out text; None without one."""
+    if held_out_M is None:
+        return None
+    return lambda model: held_out_loss(model, held_out_M, context=settings.context, windows=settings.evaluation_windows)
+
+
 def text_identity(model: GPT, tokens_M: Tensor) -> str:
     """Shape and text of a run, for its checkpoint."""
     return f"{model.config} {len(tokens_M)} tokens with sum {int(tokens_M.sum())}"
@@ -44,7 +52,6 @@ def pretrain(model: GPT, tokens_M: Tensor, settings: TrainSettings, *, held_out_
         windows_BT1 = random_windows(tokens_M, batch=settings.batch, length=length, seed=settings.seed, step=step)
         return window_loss(model, windows_BT1.to(model.embedding.weight.device))
 
-    evaluate = None if held_out_M is None else lambda m: held_out_loss(
-        m, held_out_M, context=settings.context, windows=settings.evaluation_windows)
-    return train(model, loss_at, settings, evaluate=evaluate, checkpoint=checkpoint, label=label,
+    return train(model, loss_at, settings, evaluate=evaluation_on(held_out_M, settings), label=label,
+                 checkpoint=checkpoint,
                  identity=text_identity(model, tokens_M) if checkpoint else "")

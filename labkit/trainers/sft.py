@@ -81,4 +81,7 @@ def sft(model: GPT, examples: Sequence[Example], settings: TrainSettings, *, hel
     def evaluate(model: GPT) -> float:
         return held_out_answer_loss(model, held_out, settings.batch)
 
-    return train(model, loss_at, settings, evaluate=evaluate if held_out else None, checkpoint=checkpoint, label=label)
+    total = sum(sum(example.prompt) + sum(example.answer) for example in examples)
+    identity = f"{model.config} {len(examples)} examples with sum {total}, on_prompts={on_prompts}"
+    return train(model, loss_at, settings, evaluate=evaluate if held_out else None, checkpoint=checkpoint, label=label,
+                 identity=identity)

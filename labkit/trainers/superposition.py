@@ -20,7 +20,7 @@ from labkit.errors import LabError
 from labkit.models import GPT
 from labkit.objectives import bag_cross_entropy, next_token_loss, split_into_bags
 from labkit.trainers.loop import History, TrainSettings, train
-from labkit.trainers.pretrain import held_out_loss, text_identity, window_loss
+from labkit.trainers.pretrain import evaluation_on, text_identity, window_loss
 
 BagLoss = Callable[[Tensor, Tensor], Tensor]
 
@@ -112,8 +112,7 @@ def pretrain_superposed(model: GPT, tokens_M: Tensor, settings: TrainSettings, m
         device = model.embedding.weight.device
         model.initialise_vocabulary(torch.Generator(device).manual_seed(settings.seed + 1))
 
-    evaluate = None if held_out_M is None else lambda m: held_out_loss(
-        m, held_out_M, context=settings.context, windows=settings.evaluation_windows)
-    return train(model, loss_at, settings, evaluate=evaluate, checkpoint=checkpoint, label=label,
+    return train(model, loss_at, settings, evaluate=evaluation_on(held_out_M, settings), label=label,
+                 checkpoint=checkpoint,
                  identity=f"{method.describe()} {text_identity(model, tokens_M)}" if checkpoint else "",
                  before_step={switch: redraw} if method.redraw_vocabulary else None)
