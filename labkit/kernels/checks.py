@@ -1,8 +1,8 @@
 """Bad input is refused before a launch, with a sentence. A kernel given a wrong shape reads other people's memory.
 
-Shapes, types and devices are checked always; they cost no wait. The *values* of ids are checked on the CPU only, since
-on a GPU that would make the host wait for the device at every call. There a bad id is masked in the kernel and makes its
-row NaN, so that it cannot go unnoticed.
+Shapes, types and devices are checked always; they cost no wait. The *values* of ids are checked on the CPU only,
+since on a GPU that would make the host wait for the device at every call. There a bad id is masked in the kernel and
+makes its row NaN, so that it cannot go unnoticed.
 """
 
 import math
@@ -41,7 +41,8 @@ def check_ids(name: str, ids: Tensor, size: int, *, skip: int | None = None) -> 
 
 def check_shape(name: str, tensor: Tensor, shape: tuple[int | None, ...], means: str) -> None:
     """`tensor` has this shape; None stands for any length. `means` is the shape in letters, like "[N, V]"."""
-    if tensor.ndim != len(shape) or any(want not in (None, have) for want, have in zip(shape, tensor.shape)):
+    if len(shape) != tensor.ndim or any(
+            want not in (None, have) for want, have in zip(shape, tensor.shape, strict=True)):
         want = ", ".join("any" if size is None else str(size) for size in shape)
         raise LabError(f"{name} has shape {list(tensor.shape)}, but {means} here is [{want}].",
                        f"Reshape {name}, or check which tensor was passed.")

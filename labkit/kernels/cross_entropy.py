@@ -6,8 +6,8 @@
 
 g and h are the gradients that arrive at loss and lse. A token that stands twice in a bag counts twice.
 
-Bytes, with e bytes an element: forward N V e read; backward N V e read and N V e written. (3 N V e in all; 2 N V e would
-do if a row stayed on the chip between the two, but a bf16 row of 152k logits is 304 KB and an SM keeps 228.)
+Bytes, with e bytes an element: forward N V e read; backward N V e read and N V e written. (3 N V e in all; 2 N V e
+would do if a row stayed on the chip between the two, but a bf16 row of 152k logits is 304 KB and an SM keeps 228.)
 FLOPs: about 4 N V forward (max, subtract, exp, add) and 4 N V backward: far below every ridge, so memory decides.
 
 Sources: online softmax, arXiv 1805.02867; z-loss, PaLM, arXiv 2204.02311, section 5; bags, arXiv 2605.06546. The
@@ -24,6 +24,7 @@ from labkit.kernels.configs import Row, settings_for
 from labkit.kernels.cost import Cost
 from labkit.kernels.dispatch import choose
 from labkit.kernels.language import tl, triton
+from labkit.kernels.layout import dense_rows
 
 SETTINGS = [
     Row("any", 1024, {"BLOCK_V": 1024, "num_warps": 4}),
@@ -90,7 +91,7 @@ def forward_cost(N: int, V: int, S: int = 1, element: int = 2) -> Cost:
 
 def backward_cost(N: int, V: int, S: int = 1, element: int = 2) -> Cost:
     """Logits once, their gradient out; lse and the two arriving gradients; ids and shares once more a block."""
-    return Cost(N * V * element + N * (12 + 12 * S * -(-V // 4096)), N * V * element, 4 * N * V)
+    return Cost(N * V * element + 12 * N * (1 + S) * -(-V // 4096), N * V * element, 4 * N * V)
 
 
 @triton.jit
@@ -170,13 +171,13 @@ def launch_backward(grad_loss_N: Tensor, grad_lse_N: Tensor, logits_NV: Tensor, 
 
 @torch.library.custom_op("labkit::cross_entropy", mutates_args=())
 def _op(logits_NV: Tensor, target_NS: Tensor, share_NS: Tensor, z_loss: float, inplace: bool) -> tuple[Tensor, Tensor]:
-    return launch_forward(_rows(logits_NV), target_NS.contiguous(), share_NS.contiguous(), z_loss)
+    return launch_forward(dense_rows(logits_NV), target_NS.contiguous(), share_NS.contiguous(), z_loss)
 
 
 @torch.library.custom_op("labkit::cross_entropy_backward", mutates_args={"out_NV"})
 def _backward_op(grad_loss_N: Tensor, grad_lse_N: Tensor, logits_NV: Tensor, target_NS: Tensor, share_NS: Tensor,
                  lse_N: Tensor, z_loss: float, out_NV: Tensor) -> None:
-    launch_backward(grad_loss_N.contiguous(), grad_lse_N.contiguous(), _rows(logits_NV), target_NS.contiguous(),
+    launch_backward(grad_loss_N.contiguous(), grad_lse_N.contiguous(), dense_rows(logits_NV), target_NS.contiguous(),
                     share_NS.contiguous(), lse_N, z_loss, out_NV)
 
 
@@ -205,11 +206,6 @@ def _backward(ctx, grad_loss_N, grad_lse_N):
 
 
 _op.register_autograd(_backward, setup_context=_save)
-
-
-def _rows(x_NV: Tensor) -> Tensor:
-    """A row's elements side by side, as the kernels read them; rows may lie anywhere."""
-    return x_NV if x_NV.stride(-1) == 1 else x_NV.contiguous()
 
 
 def _check(logits_NV: Tensor, target: Tensor, weight: Tensor | None, z_loss: float, reduction: str) -> None:

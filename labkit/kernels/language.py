@@ -1,7 +1,7 @@
 """Triton, or a stand-in under which the kernels' files still import.
 
-Triton has wheels for Linux only, and a CPU build of torch does not bring it. labkit has to import and run without it, on
-the torch references; so `triton.jit` becomes the identity there, and a kernel that nobody can launch is left as it is.
+Triton has wheels for Linux only, and a CPU build of torch does not bring it. labkit has to import and run without it,
+on the torch references; so `triton.jit` becomes the identity there, and kernels stay plain functions that nobody calls.
 
 The variable TRITON_INTERPRET=1 makes Triton run kernels with numpy, on CPU tensors. Triton reads it when a kernel is
 defined, so it must be set before `labkit.kernels` is first imported.
