@@ -2,14 +2,26 @@
 
 import contextlib
 import os
+import re
 
 for name in [name for name in os.environ if name.startswith("LABKIT_")]:
     del os.environ[name]  # a scale or results folder that someone exported must not change what the tests check
 os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported
 
+import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+def pytest_configure(config):
+    """`-m interp` and `-m mutations` run kernels in Triton's interpreter, which Triton decides when it is imported."""
+    wanted = set(re.findall(r"(?<!\bnot )\b(interp|mutations|compile|gpu)\b", config.option.markexpr or ""))
+    if wanted & {"interp", "mutations"}:
+        if wanted & {"compile", "gpu"}:
+            raise pytest.UsageError("Interpreted and compiled kernels need two processes: run -m interp on its own.")
+        os.environ["TRITON_INTERPRET"] = "1"
+
 
 with contextlib.suppress(ImportError):
     from hypothesis import settings

@@ -1,0 +1,333 @@
+"""K10. Exact attention without the [T, T] matrix: a kernel to read, with grouped queries and its backward.
+
+    S = scale Q K^T      P = softmax(S)      O = P V      lse_i = log sum_j exp S_ij
+    dV = P^T dO          dP = dO V^T         dS = P (dP - delta + dlse)      delta_i = sum_d dO_id O_id
+    dQ = scale dS K      dK = scale dS^T Q
+
+A program holds BLOCK_Q queries and walks over the keys; maximum m, sum l and output are corrected when m grows, as in
+cross_entropy. Blocks wholly below the diagonal need no mask and go first; those on it follow. exp2 is one instruction,
+so the scale carries log2(e). The backward makes P again from lse: one kernel walks over queries for dK and dV, another
+over keys for dQ, so neither needs atomics and two runs give the same bits.
+
+Causal: query i sees keys j <= i + Tk - Tq, so that the last query sees all of a cache. (torch's is_causal aligns the
+first ones; the two agree where Tq = Tk.) A query that sees no key gets 0, with lse = -inf.
+FLOPs: 4 B Hq Tq Tk D forward, half of it causal; the backward 2.5 times that (10 B Hq Tq Tk D; 14 here, since both
+kernels make P). Bytes are O(T D) for each walk: compute decides.
+Source: arXiv 2205.14135, 2307.08691; the two-stage loop as in Triton's tutorial 06. Training uses SDPA by default.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from labkit.errors import LabError
+from labkit.kernels.checks import check_devices, check_finite, check_float, check_kernel_dtype, check_shape
+from labkit.kernels.configs import Row, settings_for
+from labkit.kernels.cost import Cost
+from labkit.kernels.dispatch import choose
+from labkit.kernels.language import tl, triton
+from labkit.kernels.layout import dense_rows
+
+LOG2E = math.log2(math.e)
+# By head size, as large as compiles without spilling. sm_120 has 99 KB of shared memory a block where sm_90 has 227.
+FORWARD = [
+    Row("sm_90", 64, {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}),
+    Row("sm_90", 128, {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}),
+    Row("sm_90", 256, {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}),
+    Row("any", 64, {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}),
+    Row("any", 128, {"BLOCK_Q": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}),
+    Row("any", 256, {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}),
+]
+BACKWARD = [
+    Row("sm_90", 64, {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}),
+    Row("sm_90", 128, {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
+    Row("sm_90", 256, {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
+    Row("any", 64, {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}),
+    Row("any", 128, {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
+    Row("any", 256, {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}),
+]
+
+
+def flash_attention(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, *, causal: bool = True, scale: float | None = None,
+                    impl: str = "auto") -> tuple[Tensor, Tensor]:
+    """softmax(scale q k^T) v and its log-sum-exp, both differentiable: out [B, H, T, D] and lse [B, H, T] in fp32.
+
+    Args:
+        q_BHTD: queries of H heads at T places, fp16, bf16 or fp32 (float64 with the reference); D up to 256.
+        k_BJUD, v_BJUD: keys and values of J heads at U places; head h reads h // (H / J).
+        scale: default 1 / sqrt(D).
+    Raises:
+        LabError: shapes, devices, dtypes or a scale that do not fit.
+    """
+    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
+    _check(q_BHTD, k_BJUD, v_BJUD, scale)
+    if choose(impl, q_BHTD):
+        check_kernel_dtype("q_BHTD", q_BHTD)
+        return _op(q_BHTD, k_BJUD, v_BJUD, causal, scale)
+    return reference(q_BHTD, k_BJUD, v_BJUD, causal, scale)
+
+
+def reference(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """The same with the whole matrix, in fp32 (float64 for float64)."""
+    dtype = torch.promote_types(q_BHTD.dtype, torch.float32)
+    group = q_BHTD.shape[1] // k_BJUD.shape[1]
+    k_BHUD, v_BHUD = (x.to(dtype).repeat_interleave(group, 1) for x in (k_BJUD, v_BJUD))
+    s_BHTU = scale * q_BHTD.to(dtype) @ k_BHUD.transpose(2, 3)
+    T, U = s_BHTU.shape[2:]
+    if causal:
+        seen_TU = torch.ones(T, U, dtype=torch.bool, device=s_BHTU.device).tril(U - T)
+        s_BHTU = s_BHTU.masked_fill(~seen_TU, float("-inf"))
+    lse_BHT = s_BHTU.logsumexp(3)
+    nothing_BHT = lse_BHT == float("-inf")  # softmax of nothing would be NaN
+    p_BHTU = (s_BHTU - lse_BHT.masked_fill(nothing_BHT, 0.0)[..., None]).exp()
+    return (p_BHTU @ v_BHUD).to(q_BHTD.dtype), lse_BHT
+
+
+def forward_cost(B: int, H: int, J: int, T: int, U: int, D: int, causal: bool = True, element: int = 2) -> Cost:
+    """Two products, half of them where causal; q, k, v in, out and lse out."""
+    return Cost(B * D * element * (H * T + 2 * J * U), B * H * T * (D * element + 4),
+                4.0 * B * H * T * U * D / (2 if causal else 1))
+
+
+def backward_cost(B: int, H: int, J: int, T: int, U: int, D: int, causal: bool = True, element: int = 2) -> Cost:
+    """Five products; q, k, v, out, its gradient and lse in, three gradients out."""
+    return Cost(B * D * element * (3 * H * T + 2 * J * U) + 4 * B * H * T, B * D * element * (H * T + 2 * J * U),
+                10.0 * B * H * T * U * D / (2 if causal else 1))
+
+
+@triton.jit
+def _tile(x, rows, length, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
+    """Rows of a [length, D] matrix as [rows, BLOCK_D]; zeros outside. `length` is looked at where CHECK."""
+    d = tl.arange(0, BLOCK_D)[None, :]
+    place = x + rows.to(tl.int64)[:, None] * stride + d
+    if CHECK:
+        return tl.load(place, mask=(rows < length)[:, None] & (d < D), other=0.0)
+    if D < BLOCK_D:
+        return tl.load(place, mask=d < D, other=0.0)
+    return tl.load(place)
+
+
+@triton.jit
+def _store_tile(x, value, rows, length, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    d = tl.arange(0, BLOCK_D)[None, :]
+    place = x + rows.to(tl.int64)[:, None] * stride + d
+    tl.store(place, value.to(x.dtype.element_ty), mask=(rows < length)[:, None] & (d < D))
+
+
+@triton.jit
+def _walk_keys(acc, m, total, q, k, v, start, stop, U, limit, stride_k, stride_v, scale, D: tl.constexpr,
+               BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr):
+    """Keys start..stop for one block of queries; query i may see keys below limit[i]."""
+    for first in range(start, stop, BLOCK_K):
+        j = first + tl.arange(0, BLOCK_K)
+        s = tl.dot(q, tl.trans(_tile(k, j, U, stride_k, D, BLOCK_D, MASKED)), input_precision="ieee") * scale
+        if MASKED:
+            s = tl.where(j[None, :] < limit[:, None], s, float("-inf"))
+        new_m = tl.maximum(m, tl.max(s, 1))
+        shift = tl.where(new_m == float("-inf"), 0.0, new_m)  # a query that has seen no key yet
+        p = tl.exp2(s - shift[:, None])
+        keep = tl.exp2(m - shift)
+        total = total * keep + tl.sum(p, 1)
+        value = _tile(v, j, U, stride_v, D, BLOCK_D, MASKED)
+        acc = acc * keep[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
+        m = new_m
+    return acc, m, total
+
+
+@triton.jit
+def _forward_kernel(q, k, v, out, lse, T, U, H, group, qb, qh, qt, kb, kh, kt, vb, vh, vt, scale, CAUSAL: tl.constexpr,
+                    D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
+    """One program: BLOCK_Q queries of one head. Stride names: tensor and dimension."""
+    head = tl.program_id(1)
+    b = (head // H).to(tl.int64)
+    h = (head % H).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    k += b * kb + h // group * kh
+    v += b * vb + h // group * vh
+    query = _tile(q + b * qb + h * qh, i, T, qt, D, BLOCK_D, True)
+    limit = tl.minimum(i + U - T + 1, U) if CAUSAL else i * 0 + U
+    full = tl.maximum(tl.min(limit, 0), 0) // BLOCK_K * BLOCK_K
+    m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_Q], tl.float32)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    acc, m, total = _walk_keys(acc, m, total, query, k, v, 0, full, U, limit, kt, vt, scale, D, BLOCK_D, BLOCK_K, False)
+    acc, m, total = _walk_keys(acc, m, total, query, k, v, full, tl.max(limit, 0), U, limit, kt, vt, scale, D, BLOCK_D,
+                               BLOCK_K, True)
+    acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # 0 / 0 for a query without keys
+    row = head.to(tl.int64) * T
+    _store_tile(out + row * D, acc, i, T, D, D, BLOCK_D)
+    log_sum = tl.where(total > 0, m + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
+    tl.store(lse + row + i, log_sum * 0.6931471805599453, mask=i < T)
+
+
+@triton.jit
+def _delta_kernel(out, grad_out, grad_lse, delta, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
+    """delta - dlse of each query: what dP is compared with."""
+    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    o = _tile(out, r, rows, D, D, BLOCK_D, True).to(tl.float32)
+    g = _tile(grad_out, r, rows, D, D, BLOCK_D, True).to(tl.float32)
+    tl.store(delta + r, tl.sum(o * g, 1) - tl.load(grad_lse + r, mask=r < rows, other=0.0), mask=r < rows)
+
+
+@triton.jit
+def _probability(s, lse, i, j, T, U, CAUSAL: tl.constexpr):
+    """P of a block, made again from its scores in base 2; 0 where a query may not look."""
+    log_sum = tl.load(lse + i, mask=i < T, other=float("-inf")) * 1.4426950408889634
+    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum)  # no keys: P = 0, not exp(inf)
+    p = tl.exp2(s - log_sum[:, None])
+    seen = (j < U)[None, :]
+    if CAUSAL:
+        seen = seen & (j[None, :] <= i[:, None] + U - T)
+    return tl.where(seen, p, 0.0)
+
+
+@triton.jit
+def _key_gradient_kernel(q, k, v, grad_out, lse, delta, dk, dv, T, U, H, J, qb, qh, qt, kb, kh, kt, vb, vh, vt, scale,
+                         base2, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+                         BLOCK_K: tl.constexpr):
+    """One program: BLOCK_K keys of one key head, over the queries of all heads that read it."""
+    head = tl.program_id(1)
+    b = (head // J).to(tl.int64)
+    h_k = (head % J).to(tl.int64)
+    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    key = _tile(k + b * kb + h_k * kh, j, U, kt, D, BLOCK_D, True)
+    value = _tile(v + b * vb + h_k * vh, j, U, vt, D, BLOCK_D, True)
+    acc_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    acc_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
+    first = tl.maximum(tl.program_id(0) * BLOCK_K - U + T, 0) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
+    for member in range(H // J):
+        h = h_k * (H // J) + member
+        row = (b * H + h) * T
+        for start in range(first, T, BLOCK_Q):
+            i = start + tl.arange(0, BLOCK_Q)
+            query = _tile(q + b * qb + h * qh, i, T, qt, D, BLOCK_D, True)
+            grad = _tile(grad_out + row * D, i, T, D, D, BLOCK_D, True)
+            s = tl.dot(query, tl.trans(key), input_precision="ieee") * base2
+            p = _probability(s, lse + row, i, j, T, U, CAUSAL)
+            acc_v += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision="ieee")
+            dp = tl.dot(grad, tl.trans(value), input_precision="ieee")
+            ds = p * (dp - tl.load(delta + row + i, mask=i < T, other=0.0)[:, None])
+            acc_k += tl.dot(tl.trans(ds.to(query.dtype)), query, input_precision="ieee")
+    place = head.to(tl.int64) * U * D
+    _store_tile(dk + place, acc_k * scale, j, U, D, D, BLOCK_D)
+    _store_tile(dv + place, acc_v, j, U, D, D, BLOCK_D)
+
+
+@triton.jit
+def _query_gradient_kernel(q, k, v, grad_out, lse, delta, dq, T, U, H, group, qb, qh, qt, kb, kh, kt, vb, vh, vt, scale,
+                           base2, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
+                           BLOCK_K: tl.constexpr):
+    """One program: BLOCK_Q queries of one head, over the keys that they see."""
+    head = tl.program_id(1)
+    b = (head // H).to(tl.int64)
+    h = (head % H).to(tl.int64)
+    i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    row = head.to(tl.int64) * T
+    query = _tile(q + b * qb + h * qh, i, T, qt, D, BLOCK_D, True)
+    grad = _tile(grad_out + row * D, i, T, D, D, BLOCK_D, True)
+    compare = tl.load(delta + row + i, mask=i < T, other=0.0)
+    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
+    stop = tl.minimum((tl.program_id(0) + 1) * BLOCK_Q + U - T, U) if CAUSAL else U
+    for start in range(0, stop, BLOCK_K):
+        j = start + tl.arange(0, BLOCK_K)
+        key = _tile(k + b * kb + h // group * kh, j, U, kt, D, BLOCK_D, True)
+        value = _tile(v + b * vb + h // group * vh, j, U, vt, D, BLOCK_D, True)
+        s = tl.dot(query, tl.trans(key), input_precision="ieee") * base2
+        p = _probability(s, lse + row, i, j, T, U, CAUSAL)
+        ds = p * (tl.dot(grad, tl.trans(value), input_precision="ieee") - compare[:, None])
+        acc += tl.dot(ds.to(key.dtype), key, input_precision="ieee")
+    _store_tile(dq + row * D, acc * scale, i, T, D, D, BLOCK_D)
+
+
+def launch_forward(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    """out like q (contiguous) and lse [B, H, T]."""
+    (B, H, T, D), (J, U) = q_BHTD.shape, k_BJUD.shape[1:3]
+    out_BHTD = torch.empty(B, H, T, D, dtype=q_BHTD.dtype, device=q_BHTD.device)
+    lse_BHT = torch.empty(B, H, T, dtype=torch.float32, device=q_BHTD.device)
+    if out_BHTD.numel():
+        settings = _settings(FORWARD, "flash_attention", D, q_BHTD.device)
+        _forward_kernel[(-(-T // settings["BLOCK_Q"]), B * H)](
+            q_BHTD, k_BJUD, v_BJUD, out_BHTD, lse_BHT, T, U, H, H // J, *_strides(q_BHTD, k_BJUD, v_BJUD),
+            scale * LOG2E, CAUSAL=causal, **settings)
+    return out_BHTD, lse_BHT
+
+
+def launch_backward(grad_out: Tensor, grad_lse: Tensor, q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, out: Tensor,
+                    lse: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """dq, dk, dv."""
+    (B, H, T, D), (J, U) = q_BHTD.shape, k_BJUD.shape[1:3]
+    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) if not q_BHTD.numel() else
+                  torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BHTD, k_BJUD, v_BJUD))
+    if q_BHTD.numel():
+        settings = _settings(BACKWARD, "flash_attention_backward", D, q_BHTD.device)
+        delta = torch.empty_like(lse)
+        _delta_kernel[(-(-lse.numel() // 32),)](out, grad_out, grad_lse, delta, lse.numel(), D=D,
+                                                BLOCK_D=settings["BLOCK_D"], ROWS=32)
+        shared = (q_BHTD, k_BJUD, v_BJUD, grad_out, lse, delta)
+        numbers = (*_strides(q_BHTD, k_BJUD, v_BJUD), scale, scale * LOG2E)
+        if U:
+            _key_gradient_kernel[(-(-U // settings["BLOCK_K"]), B * J)](*shared, dk, dv, T, U, H, J, *numbers,
+                                                                        CAUSAL=causal, **settings)
+        _query_gradient_kernel[(-(-T // settings["BLOCK_Q"]), B * H)](*shared, dq, T, U, H, H // J, *numbers,
+                                                                      CAUSAL=causal, **settings)
+    return dq, dk, dv
+
+
+def _settings(table: list[Row], name: str, D: int, device: torch.device) -> dict[str, int]:
+    # tl.dot wants 16 in each dimension at least
+    return {"D": D, "BLOCK_D": max(triton.next_power_of_2(D), 16)} | settings_for(name, table, D, device)
+
+
+def _strides(*tensors: Tensor) -> list[int]:
+    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
+
+
+@torch.library.custom_op("labkit::flash_attention", mutates_args=())
+def _op(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
+    return launch_forward(dense_rows(q_BHTD), dense_rows(k_BJUD), dense_rows(v_BJUD), causal, scale)
+
+
+@torch.library.custom_op("labkit::flash_attention_backward", mutates_args=())
+def _backward_op(grad_out: Tensor, grad_lse: Tensor, q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, out: Tensor,
+                 lse: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    return launch_backward(grad_out.contiguous(), grad_lse.contiguous(), dense_rows(q_BHTD), dense_rows(k_BJUD),
+                           dense_rows(v_BJUD), out, lse, causal, scale)
+
+
+@_op.register_fake
+def _(q_BHTD, k_BJUD, v_BJUD, causal, scale):
+    return q_BHTD.new_empty(q_BHTD.shape), q_BHTD.new_empty(q_BHTD.shape[:3], dtype=torch.float32)
+
+
+@_backward_op.register_fake
+def _(grad_out, grad_lse, q_BHTD, k_BJUD, v_BJUD, *arguments):
+    return tuple(x.new_empty(x.shape) for x in (q_BHTD, k_BJUD, v_BJUD))
+
+
+def _save(ctx, inputs, output):
+    *tensors, ctx.causal, ctx.scale = inputs
+    ctx.save_for_backward(*tensors, *output)
+
+
+def _backward(ctx, grad_out, grad_lse):
+    return *_backward_op(grad_out, grad_lse, *ctx.saved_tensors, ctx.causal, ctx.scale), None, None
+
+
+_op.register_autograd(_backward, setup_context=_save)
+
+
+def _check(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, scale: float) -> None:
+    check_shape("q_BHTD", q_BHTD, (None, None, None, None), "[B, H, T, D]")
+    check_shape("k_BJUD", k_BJUD, (q_BHTD.shape[0], None, None, q_BHTD.shape[3]), "[B, J, U, D]")
+    check_shape("v_BJUD", v_BJUD, tuple(k_BJUD.shape), "the shape of k")
+    check_float("q_BHTD", q_BHTD)
+    check_devices(q_BHTD=q_BHTD, k_BJUD=k_BJUD, v_BJUD=v_BJUD)
+    check_finite("scale", scale)
+    H, J, D = q_BHTD.shape[1], k_BJUD.shape[1], q_BHTD.shape[3]
+    if not J or H % J:
+        raise LabError(f"{H} query heads cannot share {J} key heads evenly.", "Use a number of heads that J divides.")
+    if not 1 <= D <= 256:
+        raise LabError(f"A head size of {D} does not fit on the chip.", "Use head sizes up to 256.")
+    if len({x.dtype for x in (q_BHTD, k_BJUD, v_BJUD)}) > 1:
+        raise LabError(f"q, k and v are {q_BHTD.dtype}, {k_BJUD.dtype} and {v_BJUD.dtype}.", "Give all one dtype.")
