@@ -1,12 +1,14 @@
 """Which implementation of an op runs, and why: the Triton kernel or its plain torch reference.
 
-    impl="auto"       the kernel on a GPU, and in Triton's interpreter on CPU tensors; else the reference
+    impl="auto"       the kernel on a GPU, and in Triton's interpreter on CPU tensors; else the reference (also for
+                      float64, and inside torch.func transforms, for which kernels have no rules)
     impl="triton"     the kernel, or an error that says what is missing
     impl="reference"  plain torch, on any device; differentiable twice, and open to torch.func
 """
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from labkit.errors import LabError
@@ -34,6 +36,8 @@ def choose(impl: str, tensor: Tensor) -> Choice:
     if impl == "reference":
         return Choice("reference", "The caller asked for it.")
     able, reason = can_launch(tensor)
+    if impl == "auto" and able and tensor.dtype == torch.float64:
+        return Choice("reference", "The kernels compute in fp32, and the tensors are float64.")
     if impl == "triton" and not able:
         raise LabError(f'impl="triton" cannot run here: {reason}', 'Use impl="auto" or "reference".')
     return Choice("triton" if able else "reference", reason)
@@ -43,6 +47,8 @@ def can_launch(tensor: Tensor) -> tuple[bool, str]:
     """Whether a kernel can run on `tensor`, and why."""
     if not TRITON:
         return False, "Triton is not installed."
+    if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return False, "The kernels have no rules for torch.func transforms (vmap, jvp)."
     if tensor.device.type == "cuda":
         return True, "The tensors are on a GPU."
     if tensor.device.type != "cpu":

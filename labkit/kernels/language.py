@@ -7,7 +7,11 @@ The variable TRITON_INTERPRET=1 makes Triton run kernels with numpy, on CPU tens
 defined, so it must be set before `labkit.kernels` is first imported.
 """
 
+import os
 from types import SimpleNamespace
+
+# Triton 3.9 announces another default and warns at every compile; this is the one that all versions had so far.
+os.environ.setdefault("TRITON_DEFAULT_FP_FUSION", "1")
 
 try:
     import triton

@@ -41,7 +41,8 @@ def rms_norm(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-5, resid
     Args:
         x: [..., D], fp16, bf16 or fp32 (float64 with the reference); any strides.
         weight_D: scale of each channel, or None for 1.
-        residual: like x; then the sum h is returned too, rounded to x's dtype, and y is the norm of what was rounded.
+        residual: like x, also in dtype; then the sum h is returned too, rounded to that dtype, and y is the norm of
+            what was rounded.
     Returns:
         y like x, or (y, h) with a residual.
     Raises:
@@ -51,8 +52,9 @@ def rms_norm(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-5, resid
     check_devices(x=x, weight_D=weight_D, residual=residual)
     if residual is not None:
         check_shape("residual", residual, x.shape, "the shape of x")
-        check_float("residual", residual)
-    if choose(impl, x) and x.shape[-1] <= WIDEST:
+        if residual.dtype != x.dtype:
+            raise LabError(f"x is {x.dtype} and the residual {residual.dtype}.", "Give both one dtype.")
+    if choose_norm(impl, x):
         check_kernel_dtype("x", x)
         y, h, _ = _op(x, weight_D, residual, eps)
     else:
@@ -62,7 +64,10 @@ def rms_norm(x: Tensor, weight_D: Tensor | None = None, eps: float = 1e-5, resid
 
 
 def reference(x: Tensor, weight_D: Tensor | None, eps: float) -> Tensor:
-    """torch's own, which computes in fp32 and returns x's dtype."""
+    """torch's own, which computes in fp32 and returns x's dtype.
+
+    Under autocast x is bf16 and the weight is not; unequal types would take a slow path, with a warning.
+    """
     return F.rms_norm(x, x.shape[-1:], None if weight_D is None else weight_D.to(x.dtype), eps)
 
 
@@ -86,7 +91,7 @@ def rows_of(D: int) -> int:
 
 @triton.jit
 def forward_tile(x, residual, weight, y, h, scale, tile, N, D, inner, stride_outer, stride_inner, eps,
-                  ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
+                 ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     """ROWS whole rows: their norm, and r."""
     row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)[:, None]
     d = tl.arange(0, BLOCK_D)[None, :]
@@ -103,7 +108,7 @@ def forward_tile(x, residual, weight, y, h, scale, tile, N, D, inner, stride_out
     if weight is not None:
         z *= tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
     tl.store(y + row * D + d, z.to(y.dtype.element_ty), mask=mask)
-    n = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    n = tile * ROWS + tl.arange(0, ROWS)
     tl.store(scale + n, r, mask=n < N)
 
 
@@ -133,7 +138,7 @@ def _backward_tile(g, k, h, weight, scale, dx, tile, N, D, inner, stride_outer, 
 def _forward_kernel(x, residual, weight, y, h, scale, N, D, inner, stride_outer, stride_inner, eps,
                     ROWS: tl.constexpr, BLOCK_D: tl.constexpr):
     forward_tile(x, residual, weight, y, h, scale, tl.program_id(0), N, D, inner, stride_outer, stride_inner, eps,
-                  ROWS, BLOCK_D)
+                 ROWS, BLOCK_D)
 
 
 @triton.jit
@@ -146,7 +151,7 @@ def _backward_kernel(g, k, h, weight, scale, dx, parts, N, D, inner, stride_oute
                                stride_inner, ROWS, BLOCK_D)
     d = tl.arange(0, BLOCK_D)
     if parts is not None:
-        tl.store(parts + tl.program_id(0).to(tl.int64) * D + d, part, mask=d < D)
+        tl.store(parts + tl.program_id(0) * D + d, part, mask=d < D)
 
 
 def launch_forward(x: Tensor, weight_D: Tensor | None, residual: Tensor | None, eps: float,
@@ -160,8 +165,7 @@ def launch_forward(x: Tensor, weight_D: Tensor | None, residual: Tensor | None, 
     if x.numel():
         settings = norm_settings(D, x.device)
         _forward_kernel[(-(-N // settings["ROWS"]),)](
-            x_OID, None if residual is None else residual.contiguous(), weight_D, y, None if residual is None else h,
-            scale_N, N, D, x_OID.shape[1], x_OID.stride(0), x_OID.stride(1), eps, **settings)
+            x_OID, dense(residual), dense(weight_D), y, None if residual is None else h, scale_N, N, D, x_OID.shape[1], x_OID.stride(0), x_OID.stride(1), eps, **settings)
     return y, h, scale_N
 
 
@@ -177,9 +181,13 @@ def launch_backward(g: Tensor, k: Tensor | None, h: Tensor, weight_D: Tensor | N
     parts_PD = None if weight_D is None else torch.empty(programs, D, dtype=torch.float32, device=h.device)
     if h.numel():
         _backward_kernel[(programs,)](
-            g.contiguous(), None if k is None else k.contiguous(), h_OID, weight_D, scale_N, dh, parts_PD, N, D,
+            dense(g), dense(k), h_OID, dense(weight_D), scale_N, dh, parts_PD, N, D,
             h_OID.shape[1], h_OID.stride(0), h_OID.stride(1), tiles, **settings)
     return dh, h.new_empty(0) if weight_D is None else parts_PD.sum(0).to(weight_D.dtype)
+
+
+def dense(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def norm_settings(D: int, device: torch.device) -> dict[str, int]:
@@ -193,7 +201,7 @@ def _op(x: Tensor, weight_D: Tensor | None, residual: Tensor | None, eps: float)
 
 @torch.library.custom_op("labkit::rms_norm_backward", mutates_args=())
 def backward_op(g: Tensor, k: Tensor | None, h: Tensor, weight_D: Tensor | None,
-                 scale_N: Tensor) -> tuple[Tensor, Tensor]:
+                scale_N: Tensor) -> tuple[Tensor, Tensor]:
     return launch_backward(g, k, h, weight_D, scale_N)
 
 
@@ -221,6 +229,15 @@ def _backward(ctx, g, k, _):
 
 
 _op.register_autograd(_backward, setup_context=_save)
+
+
+def choose_norm(impl: str, x: Tensor) -> bool:
+    """Whether the kernel runs. A row that is too wide is an error only where the kernel was demanded."""
+    D = x.shape[-1]
+    if impl == "triton" and D > WIDEST:
+        raise LabError(f"The kernel holds a row of {WIDEST:,} at most, and D is {D:,}.",
+                       'Use impl="auto" or "reference".')
+    return D <= WIDEST and bool(choose(impl, x))
 
 
 def check_norm(x: Tensor, weight_D: Tensor | None, eps: float, name: str) -> None:

@@ -20,6 +20,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from labkit.errors import LabError
+from labkit.kernels.qk_norm import qk_norm
+from labkit.kernels.rms_norm import rms_norm
 from labkit.models.attention import sdpa_attention
 from labkit.models.cache import KVCache
 
@@ -63,15 +65,14 @@ class GPTConfig:
 
 
 class RMSNorm(nn.Module):
-    """y = w * x / sqrt(mean(x^2) + eps), the mean over the last dimension."""
+    """y = w * x / sqrt(mean(x^2) + eps), the mean over the last dimension. On a GPU a kernel of labkit computes it."""
 
     def __init__(self, size: int, eps: float):
         super().__init__()
         self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
 
     def forward(self, x: Tensor) -> Tensor:
-        # under autocast x is bf16 and the weight is not; unequal types take a slow path, with a warning
-        return F.rms_norm(x, (x.shape[-1],), self.weight.to(x.dtype), self.eps)
+        return rms_norm(x, self.weight, self.eps)
 
 
 def rope_tables(context: int, head_size: int, base: float) -> tuple[Tensor, Tensor]:
@@ -98,17 +99,25 @@ class Attention(nn.Module):
         self.head_size = K
         self.qkv = nn.Linear(config.width, sum(self.split), bias=False)
         self.out = nn.Linear(H * K, config.width, bias=False)
-        self.q_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
-        self.k_norm = RMSNorm(K, config.norm_eps) if config.qk_norm else nn.Identity()
+        self.q_norm, self.k_norm = (RMSNorm(K, config.norm_eps) if config.qk_norm else None for _ in range(2))
 
     def forward(self, x_BTD: Tensor, rope, attention, mask_BTU: Tensor | None, cache: KVCache | None) -> Tensor:
-        q, k, v = (part.unflatten(-1, (-1, self.head_size)).transpose(1, 2)
-                   for part in self.qkv(x_BTD).split(self.split, dim=-1))
-        q_BHTK, k_BJTK = rotate(self.q_norm(q), *rope), rotate(self.k_norm(k), *rope)
+        q_BTHK, k_BTJK, v_BTJK = (part.unflatten(-1, (-1, self.head_size))
+                                  for part in self.qkv(x_BTD).split(self.split, dim=-1))
+        if self.q_norm is not None:
+            q_BTHK, k_BTJK = self.normed(q_BTHK, k_BTJK)
+        q_BHTK, k_BJTK = rotate(q_BTHK.transpose(1, 2), *rope), rotate(k_BTJK.transpose(1, 2), *rope)
+        v_BJTK = v_BTJK.transpose(1, 2)
         if cache is not None:
-            k_BJTK, v = cache.extend(self.layer, k_BJTK, v)
-        out_BHTK = attention(q_BHTK, k_BJTK, v, mask_BTU)
+            k_BJTK, v_BJTK = cache.extend(self.layer, k_BJTK, v_BJTK)
+        out_BHTK = attention(q_BHTK, k_BJTK, v_BJTK, mask_BTU)
         return self.out(out_BHTK.transpose(1, 2).flatten(2))
+
+    def normed(self, q_BTHK: Tensor, k_BTJK: Tensor) -> tuple[Tensor, Tensor]:
+        """Queries and keys, each head normed by itself; one launch for both on a GPU."""
+        q_NHK, k_NJK = qk_norm(q_BTHK.flatten(0, 1), k_BTJK.flatten(0, 1), self.q_norm.weight, self.k_norm.weight,
+                               self.q_norm.eps)
+        return q_NHK.view(q_BTHK.shape), k_NJK.view(k_BTJK.shape)
 
 
 class SwiGLU(nn.Module):

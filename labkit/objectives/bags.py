@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.errors import LabError
+from labkit.kernels.cross_entropy import cross_entropy
+from labkit.kernels.dispatch import choose
 
 
 def split_into_bags(tokens_BL: Tensor, bag_size: int) -> tuple[Tensor, Tensor]:
@@ -42,7 +44,10 @@ def bag_cross_entropy(logits_BNV: Tensor, bag_BNS: Tensor, weight_S: Tensor | No
         weight_S: weights by place in the bag, summing to one; uniform without it.
     Returns:
         a scalar in nats. Its floor is log S for a bag of S different tokens.
+    On a GPU labkit.kernels.cross_entropy computes it, which keeps no fp32 copy of the logits.
     """
+    if choose("auto", logits_BNV):
+        return cross_entropy(logits_BNV.flatten(0, 1), bag_BNS.flatten(0, 1), weight=weight_S)[0]
     logits_BNV = logits_BNV.float()  # a bf16 logsumexp over a large vocabulary loses the digits that matter
     covered_BNS = logits_BNV.gather(2, bag_BNS)
     score_BN = covered_BNS.mean(2) if weight_S is None else (covered_BNS * weight_S).sum(2)
