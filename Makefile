@@ -9,7 +9,7 @@ FITS  := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
 PYTHON ?= $(shell for p in python3 python3.12 python3.11 python3.13 python; do \
 	$$p -c '$(FITS)' >/dev/null 2>&1 && { echo $$p; break; }; done)
 
-.PHONY: help install lab test test-labkit test-notebooks lint bench site clean
+.PHONY: help install lab test test-labkit test-kernels test-notebooks lint bench site clean
 help:
 	@echo "make lab      set up (first time) and open the course in JupyterLab"
 	@echo "make test     everything on a CPU: lint, the tests of labkit, every notebook"
@@ -30,10 +30,15 @@ lab: install
 	$(PY) -m jupyterlab --LabApp.news_url= --LabApp.check_for_updates_class=jupyterlab.NeverCheckForUpdate \
 	  $(if $(filter 0,$(shell id -u)),--allow-root) $(ARGS) notebooks/00_start_here.ipynb
 
-test: lint test-labkit test-notebooks
+test: lint test-labkit test-kernels test-notebooks
 
 test-labkit: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest --timeout 300 tests/
+
+# Two processes, since a process that interprets kernels cannot compile them. With a GPU also: pytest -m gpu tests/kernels
+test-kernels: install
+	OMP_NUM_THREADS=1 $(PY) -m pytest --timeout 300 -m "interp or mutations" tests/kernels tests/test_course_check.py
+	OMP_NUM_THREADS=1 $(PY) -m pytest --timeout 300 -m compile tests/kernels
 
 # One thread: with two, and anything else running, OpenMP threads wait for each other and training slows 3 to 60 times.
 test-notebooks: install

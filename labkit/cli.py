@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -134,20 +135,59 @@ def claims(as_json: Json = False,
 
 
 @app.command()
-def bench(as_json: Json = False) -> None:
-    """Measure this machine's two ceilings: how fast it copies memory and how fast it multiplies matrices."""
+def bench(ops: Annotated[list[str] | None, typer.Argument(help="Kernels, like rms_norm; default: all.")] = None,
+          as_json: Json = False,
+          out: Annotated[Path | None, typer.Option(help="Write the report here, and its picture beside it.")] = None,
+          quick: Annotated[bool, typer.Option("--quick", help="No torch.compile, a fifth of the time.")] = False,
+          ceilings: Annotated[bool, typer.Option("--ceilings", help="Only this machine's two ceilings.")] = False,
+          ) -> None:
+    """Time every kernel against its peers and its floor; without a GPU, print what is predicted.
+
+    On a GPU the report goes to data/results/workstation/<device>/bench.json, with a picture (not with --quick).
+    """
     import torch
 
+    from labkit.measure.bench import check_ops, failures, run_bench
+
+    chosen = check_ops(ops or [])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if ceilings:
+        return _print_ceilings(device, as_json)
+    from labkit.course import bench_table, record
+    from labkit.course.roofline import save_picture
+    from labkit.files import write_json
+    from labkit.measure.not_timed import predict_bench
+
+    if device.type == "cuda":
+        if out is None and not quick and not ops:
+            out = record.result_folder("workstation", record.device_name(device)) / "bench.json"
+        report = run_bench(chosen, device, seconds=60.0 if quick else 300.0, quick=quick, commit=record.commit(),
+                           save=lambda report: out and write_json(out, report))
+    else:
+        report = predict_bench(chosen, quick=quick, commit=record.commit())
+        if out:
+            write_json(out, report)
+    if out:
+        save_picture(report, out.with_suffix(".png"))
+    if as_json:
+        print_json(report)
+    else:
+        print_table(*bench_table.table_of(report))
+        print(*bench_table.remarks(report, out), sep="\n")
+    raise typer.Exit(1 if failures(report) else 0)
+
+
+def _print_ceilings(device, as_json: bool) -> None:
     from labkit.measure.ceilings import measure_ceilings
 
-    ceilings = measure_ceilings("cuda" if torch.cuda.is_available() else "cpu")
+    found = measure_ceilings(device.type)
     if as_json:
-        return print_json(dataclasses.asdict(ceilings))
-    print_table(f"Ceilings of {ceilings.device} ({ceilings.dtype}, {ceilings.threads} CPU threads)",
+        return print_json(dataclasses.asdict(found))
+    print_table(f"Ceilings of {found.device} ({found.dtype}, {found.threads} CPU threads)",
                 ["what", "median", "20% to 80% of repeats", "repeats"],
-                [_rate_row("copy bandwidth", ceilings.copy, 1e9, "GB/s"),
-                 _rate_row("matrix product", ceilings.matmul, 1e9, "GFLOP/s")])
-    print(f"A kernel that does fewer than {ceilings.ridge:.0f} FLOP a byte is limited by memory here.")
+                [_rate_row("copy bandwidth", found.copy, 1e9, "GB/s"),
+                 _rate_row("matrix product", found.matmul, 1e9, "GFLOP/s")])
+    print(f"A kernel that does fewer than {found.ridge:.0f} FLOP a byte is limited by memory here.")
 
 
 def _rate_row(name: str, rate, unit: float, unit_name: str) -> list[str]:

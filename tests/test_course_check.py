@@ -16,6 +16,10 @@ CHECKS = {name: found for module in pkgutil.iter_modules(exercises.__path__)
           for name, found in importlib.import_module(f"labkit.course.exercises.{module.name}").CHECKS.items()}
 
 
+# checks that launch kernels run with the interpreted tests
+NAMES = [pytest.param(name, marks=[pytest.mark.interp] * each.interpreted) for name, each in CHECKS.items()]
+
+
 @pytest.fixture
 def said(monkeypatch, capsys):
     """What a check prints in a notebook."""
@@ -23,17 +27,19 @@ def said(monkeypatch, capsys):
     return lambda: capsys.readouterr().out
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_right_answers_pass(name, said):
     """Every right answer, in the notebook's two ways: `check` says right, `solution` does not raise."""
     assert CHECKS[name].right
     for answer in CHECKS[name].right:
         check.respond(name, answer)
         check.confirm(name, answer)
-        assert said() == f"Exercise {name}: right.\nExercise {name}: this solution passes the check.\n"
+        right, passes = said().splitlines()
+        assert right == f"Exercise {name}: right." + (f" {CHECKS[name].remark(answer)}" if CHECKS[name].remark else "")
+        assert passes == f"Exercise {name}: this solution passes the check."
 
 
-@pytest.mark.parametrize("name", CHECKS)
+@pytest.mark.parametrize("name", NAMES)
 def test_wrong_answers_get_their_sentence(name, said):
     """`check` names the mistake and does not raise; `solution` raises, so that nbval sees a broken solution."""
     assert CHECKS[name].wrong
@@ -62,6 +68,17 @@ def test_unanswered_is_said_and_a_hint_is_offered(name, said):
         check.confirm(name, ...)
     check.show_hint(name)
     assert CHECKS[name].hint in said()
+
+
+def test_an_empty_function_is_no_answer(said):
+    """A puzzle's kernel comes with its signature and an ellipsis for a body: that is "not answered", not "wrong"."""
+    def empty(x, y):
+        """Fill y."""
+        ...
+
+    check.respond("02.1", empty)
+    assert "not answered yet" in said()
+    assert not check.unanswered(lambda r, s: ...) and not check.unanswered(said)
 
 
 @pytest.mark.parametrize("name", CHECKS)

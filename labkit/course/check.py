@@ -4,7 +4,10 @@ A `Check` carries right answers and known wrong ones, so that a test can prove t
 Answers may be functions, tensors of any float type, arrays or plain numbers.
 """
 
+import ast
 import importlib
+import inspect
+import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -20,7 +23,9 @@ if TYPE_CHECKING:
 class Check:
     """One exercise. `test(answer)` returns None if the answer is right, else a sentence that helps.
 
-    `right` and `wrong` (pairs of an answer and a part of the sentence it must get) are for the course's tests.
+    `remark(answer)`, said after "right", is a score such as the bytes that a kernel moves. `interpreted` marks checks
+    that launch kernels and need Triton's interpreter. `right` and `wrong` (pairs of an answer and a part of the
+    sentence it must get) are for the course's tests.
     """
 
     question: str
@@ -29,6 +34,8 @@ class Check:
     test: Callable[[object], str | None]
     right: list = field(default_factory=list)
     wrong: list[tuple[object, str]] = field(default_factory=list)
+    remark: Callable[[object], str] | None = None
+    interpreted: bool = False
 
 
 def find(name: str) -> Check:
@@ -55,19 +62,33 @@ def respond(name: str, answer: object) -> None:
     check = find(name)
     if not display.kernel():
         return
-    if answer is ...:
+    if unanswered(answer):
         print(f"Exercise {name}: not answered yet (about {check.minutes} min; lab.hint(\"{name}\") helps).")
         return
     problem = verdict(check, answer)
-    print(f"Exercise {name}: right." if problem is None else f"Exercise {name}: not yet. {problem}")
+    if problem is not None:
+        return print(f"Exercise {name}: not yet. {problem}")
+    print(f"Exercise {name}: right." + (f" {check.remark(answer)}" if check.remark else ""))
 
 
 def confirm(name: str, answer: object) -> None:
     """What `lab.solution` does: AssertionError unless the course's own solution passes its check."""
-    problem = "it is still `...`" if answer is ... else verdict(find(name), answer)
+    problem = "it is still `...`" if unanswered(answer) else verdict(find(name), answer)
     assert problem is None, f"the solution of exercise {name} fails its check: {problem}"
     if display.kernel():
         print(f"Exercise {name}: this solution passes the check.")
+
+
+def unanswered(answer: object) -> bool:
+    """The ellipsis, or a function or kernel whose whole body is one (docstring or not)."""
+    if answer is ...:
+        return True
+    try:
+        tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(answer, "fn", answer))))
+    except (TypeError, OSError, SyntaxError):  # no function, or one without a text
+        return False
+    last = tree.body[0].body[-1] if isinstance(tree.body[0], ast.FunctionDef) else None
+    return isinstance(last, ast.Expr) and isinstance(last.value, ast.Constant) and last.value.value is ...
 
 
 def show_hint(name: str) -> None:

@@ -8,6 +8,7 @@ Nothing on disk changes unless LABKIT_RESULTS names a folder (`labkit run` does 
 NN.figures.json there are rewritten whole after each record, each keep and each cell.
 """
 
+import importlib.util
 import os
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -21,11 +22,17 @@ from labkit.errors import LabError
 
 
 class Lab:
-    """What notebook NN needs: `lab = Lab("02")` is its first line of code."""
+    """What notebook NN needs: `lab = Lab("02")` is its first line of code.
 
-    def __init__(self, notebook: str):
+    `needs="triton"` says that nothing in it runs without Triton, which has wheels for Linux only.
+    """
+
+    def __init__(self, notebook: str, *, needs: str | None = None):
         import torch
 
+        if needs and not importlib.util.find_spec(needs):
+            raise LabError(f"Lab {notebook} needs {needs.capitalize()}, which is not installed.",
+                           "It has wheels for Linux only: use Linux, or WSL on Windows; the other labs run without it.")
         self.notebook, choice, self._start = notebook, choose_scale(), time.monotonic()
         self.scale = choice.name
         cuda = has_device(self.scale)

@@ -51,8 +51,10 @@ def cross_entropy(logits_NV: Tensor, target: Tensor, *, ignore_index: int = -100
     Raises:
         LabError: shapes, devices, dtypes or ids that do not fit.
     """
-    _check(logits_NV, target, weight, z_loss, reduction)
-    check_ids("target", target, logits_NV.shape[1], skip=ignore_index)
+    check_shape("logits_NV", logits_NV, (None, None), "[N, V]")
+    check_float("logits_NV", logits_NV)
+    check_devices(logits_NV=logits_NV, target=target, weight=weight)
+    check_labels(*logits_NV.shape, target, weight, ignore_index, z_loss, reduction)
     target_NS = target[:, None] if target.ndim == 1 else target
     share_NS = bag_shares(target_NS, ignore_index, weight)
     if choose(impl, logits_NV):
@@ -110,17 +112,18 @@ def _forward_kernel(logits, target, share, loss, lse, V, S, stride_logits, z_los
         shift = tl.where(tl.abs(new_maximum) == float("inf"), 0.0, new_maximum)
         total = total * tl.exp(maximum - shift) + tl.sum(tl.exp(z - shift), 0)
         maximum = new_maximum
-    shift = tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
-    row_lse = shift + tl.log(total)
+    log_total = tl.log(total)
+    row_lse = maximum + log_total
 
     s = tl.arange(0, BLOCK_S)
     ids = tl.load(target + row * S + s, mask=s < S, other=0)
     w = tl.load(share + row * S + s, mask=s < S, other=0.0)
     inside = (ids >= 0) & (ids < V)
     z = tl.load(logits + ids, mask=(w != 0) & inside, other=0.0).to(tl.float32)
-    score = tl.sum(tl.where(w != 0, w * tl.where(inside, z, float("nan")), 0.0), 0)
+    # relative to the maximum: of lse and logit both near 10,000, the difference has lost four digits
+    score = tl.sum(tl.where(w != 0, w * (tl.where(inside, z, float("nan")) - maximum), 0.0), 0)
     counts = tl.sum(tl.where(w != 0, 1, 0), 0) > 0
-    tl.store(loss + row, tl.where(counts, row_lse - score + z_loss * row_lse * row_lse, 0.0))
+    tl.store(loss + row, tl.where(counts, log_total - score + z_loss * row_lse * row_lse, 0.0))
     tl.store(lse + row, row_lse)
 
 
@@ -130,7 +133,7 @@ def _backward_kernel(logits, target, share, lse, grad_loss, grad_lse, gradient, 
     """One program a row and block of V, in fp32 until the store: p - 1 near p = 1 keeps its digits."""
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    z = tl.load(logits + row * stride_logits + v, mask=v < V, other=float("-inf")).to(tl.float32)
+    z = tl.load(logits + row * stride_logits + v, mask=v < V).to(tl.float32)
     row_lse = tl.load(lse + row)
     g = tl.load(grad_loss + row)
     h = tl.load(grad_lse + row)
@@ -199,7 +202,8 @@ def _save(ctx, inputs, output):
 
 def _backward(ctx, grad_loss_N, grad_lse_N):
     logits_NV, target_NS, share_NS, lse_N = ctx.saved_tensors
-    over_itself = ctx.inplace and logits_NV.stride(1) == 1
+    rows_apart = logits_NV.stride(1) == 1 and logits_NV.stride(0) >= logits_NV.shape[1]  # not so where expanded
+    over_itself = ctx.inplace and rows_apart
     out_NV = logits_NV.detach() if over_itself else torch.empty_like(logits_NV, memory_format=torch.contiguous_format)
     _backward_op(grad_loss_N, grad_lse_N, logits_NV.detach(), target_NS, share_NS, lse_N, ctx.z_loss, out_NV)
     return out_NV, None, None, None, None
@@ -208,18 +212,18 @@ def _backward(ctx, grad_loss_N, grad_lse_N):
 _op.register_autograd(_backward, setup_context=_save)
 
 
-def _check(logits_NV: Tensor, target: Tensor, weight: Tensor | None, z_loss: float, reduction: str) -> None:
-    check_shape("logits_NV", logits_NV, (None, None), "[N, V]")
-    if target.ndim not in (1, 2):
-        raise LabError(f"target has shape {list(target.shape)}.", "Use ids [N], or bags of ids [N, S].")
-    check_shape("target", target, (logits_NV.shape[0], None)[: target.ndim], "[N]" if target.ndim == 1 else "[N, S]")
+def check_labels(N: int, V: int, target: Tensor, weight: Tensor | None, ignore_index: int, z_loss: float,
+                 reduction: str) -> None:
+    """Everything beside the logits, also for linear_cross_entropy."""
+    if not V:
+        raise LabError("There is no vocabulary: V is 0.", "Pass logits [N, V] or a head [V, H] with V of 1 or more.")
+    if target.ndim not in (1, 2) or 0 in target.shape[1:]:
+        raise LabError(f"target has shape {list(target.shape)}.", "Use ids [N], or bags of one or more ids [N, S].")
+    check_shape("target", target, (N, None)[: target.ndim], "[N]" if target.ndim == 1 else "[N, S]")
+    check_ids("target", target, V, skip=ignore_index)
     if weight is not None:
         check_shape("weight", weight, (1 if target.ndim == 1 else target.shape[1],), "[S]")
         check_float("weight", weight)
-    check_float("logits_NV", logits_NV)
-    check_devices(logits_NV=logits_NV, target=target, weight=weight)
     check_finite("z_loss", z_loss)
     if reduction not in ("mean", "sum", "none"):
         raise LabError(f"There is no reduction {reduction!r}.", 'Choose "mean", "sum" or "none".')
-    if not logits_NV.shape[1]:
-        raise LabError("The logits have no vocabulary: V is 0.", "Pass logits [N, V] with V of 1 or more.")

@@ -12,7 +12,8 @@ over keys for dQ, so neither needs atomics and two runs give the same bits.
 Causal: query i sees keys j <= i + Tk - Tq, so that the last query sees all of a cache. (torch's is_causal aligns the
 first ones; the two agree where Tq = Tk.) A query that sees no key gets 0, with lse = -inf.
 FLOPs: 4 B Hq Tq Tk D forward, half of it causal; the backward 2.5 times that (10 B Hq Tq Tk D; 14 here, since both
-kernels make P). Bytes are O(T D) for each walk: compute decides.
+kernels make P). The costs below count each tensor once: a walk reads keys and values again for every block of queries,
+mostly from the cache, and its arithmetic takes longer than its bytes.
 Source: arXiv 2205.14135, 2307.08691; the two-stage loop as in Triton's tutorial 06. Training uses SDPA by default.
 """
 
@@ -60,8 +61,8 @@ def flash_attention(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, *, causal: b
     Raises:
         LabError: shapes, devices, dtypes or a scale that do not fit.
     """
-    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
     _check(q_BHTD, k_BJUD, v_BJUD, scale)
+    scale = q_BHTD.shape[-1] ** -0.5 if scale is None else scale
     if choose(impl, q_BHTD):
         check_kernel_dtype("q_BHTD", q_BHTD)
         return _op(q_BHTD, k_BJUD, v_BJUD, causal, scale)
@@ -85,14 +86,14 @@ def reference(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, causal: bool, scal
 
 
 def forward_cost(B: int, H: int, J: int, T: int, U: int, D: int, causal: bool = True, element: int = 2) -> Cost:
-    """Two products, half of them where causal; q, k, v in, out and lse out."""
+    """Two products, half of them where causal; q, k, v in, out and lse out. Each byte once, not as requested."""
     return Cost(B * D * element * (H * T + 2 * J * U), B * H * T * (D * element + 4),
                 4.0 * B * H * T * U * D / (2 if causal else 1))
 
 
 def backward_cost(B: int, H: int, J: int, T: int, U: int, D: int, causal: bool = True, element: int = 2) -> Cost:
-    """Five products; q, k, v, out, its gradient and lse in, three gradients out."""
-    return Cost(B * D * element * (3 * H * T + 2 * J * U) + 4 * B * H * T, B * D * element * (H * T + 2 * J * U),
+    """Five products; q, k, v, out, lse and the gradients of these two in, three gradients out. Each byte once."""
+    return Cost(B * D * element * (3 * H * T + 2 * J * U) + 8 * B * H * T, B * D * element * (H * T + 2 * J * U),
                 10.0 * B * H * T * U * D / (2 if causal else 1))
 
 
@@ -138,11 +139,14 @@ def _walk_keys(acc, m, total, q, k, v, start, stop, U, limit, stride_k, stride_v
 @triton.jit
 def _forward_kernel(q, k, v, out, lse, T, U, H, group, qb, qh, qt, kb, kh, kt, vb, vh, vt, scale, CAUSAL: tl.constexpr,
                     D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr, BLOCK_K: tl.constexpr):
-    """One program: BLOCK_Q queries of one head. Stride names: tensor and dimension."""
-    head = tl.program_id(1)
+    """One program: BLOCK_Q queries of one head. Stride names: tensor and dimension.
+
+    The grid has one axis, a head's blocks side by side: a second one could hold 65,535 heads at most.
+    """
+    head = tl.program_id(0) // tl.cdiv(T, BLOCK_Q)
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    i = tl.program_id(0) % tl.cdiv(T, BLOCK_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     k += b * kb + h // group * kh
     v += b * vb + h // group * vh
     query = _tile(q + b * qb + h * qh, i, T, qt, D, BLOCK_D, True)
@@ -154,11 +158,10 @@ def _forward_kernel(q, k, v, out, lse, T, U, H, group, qb, qh, qt, kb, kh, kt, v
     acc, m, total = _walk_keys(acc, m, total, query, k, v, 0, full, U, limit, kt, vt, scale, D, BLOCK_D, BLOCK_K, False)
     acc, m, total = _walk_keys(acc, m, total, query, k, v, full, tl.max(limit, 0), U, limit, kt, vt, scale, D, BLOCK_D,
                                BLOCK_K, True)
-    acc = acc / tl.where(total > 0, total, 1.0)[:, None]  # 0 / 0 for a query without keys
+    total = tl.where(total == 0, 1.0, total)  # a query without keys: 0 / 1, and lse = m = -inf
     row = head.to(tl.int64) * T
-    _store_tile(out + row * D, acc, i, T, D, D, BLOCK_D)
-    log_sum = tl.where(total > 0, m + tl.log2(tl.where(total > 0, total, 1.0)), float("-inf"))
-    tl.store(lse + row + i, log_sum * 0.6931471805599453, mask=i < T)
+    _store_tile(out + row * D, acc / total[:, None], i, T, D, D, BLOCK_D)
+    tl.store(lse + row + i, (m + tl.log2(total)) * 0.6931471805599453, mask=i < T)
 
 
 @triton.jit
@@ -173,8 +176,7 @@ def _delta_kernel(out, grad_out, grad_lse, delta, rows, D: tl.constexpr, BLOCK_D
 @triton.jit
 def _probability(s, lse, i, j, T, U, CAUSAL: tl.constexpr):
     """P of a block, made again from its scores in base 2; 0 where a query may not look."""
-    log_sum = tl.load(lse + i, mask=i < T, other=float("-inf")) * 1.4426950408889634
-    log_sum = tl.where(log_sum == float("-inf"), float("inf"), log_sum)  # no keys: P = 0, not exp(inf)
+    log_sum = tl.load(lse + i, mask=i < T, other=float("inf")) * 1.4426950408889634  # beyond T: P = 0
     p = tl.exp2(s - log_sum[:, None])
     seen = (j < U)[None, :]
     if CAUSAL:
@@ -187,15 +189,16 @@ def _key_gradient_kernel(q, k, v, grad_out, lse, delta, dk, dv, T, U, H, J, qb, 
                          base2, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
                          BLOCK_K: tl.constexpr):
     """One program: BLOCK_K keys of one key head, over the queries of all heads that read it."""
-    head = tl.program_id(1)
+    head = tl.program_id(0) // tl.cdiv(U, BLOCK_K)
     b = (head // J).to(tl.int64)
     h_k = (head % J).to(tl.int64)
-    j = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    start_j = tl.program_id(0) % tl.cdiv(U, BLOCK_K) * BLOCK_K
+    j = start_j + tl.arange(0, BLOCK_K)
     key = _tile(k + b * kb + h_k * kh, j, U, kt, D, BLOCK_D, True)
     value = _tile(v + b * vb + h_k * vh, j, U, vt, D, BLOCK_D, True)
     acc_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
     acc_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    first = tl.maximum(tl.program_id(0) * BLOCK_K - U + T, 0) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
+    first = tl.maximum(start_j - U + T, 0) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
     for member in range(H // J):
         h = h_k * (H // J) + member
         row = (b * H + h) * T
@@ -219,16 +222,17 @@ def _query_gradient_kernel(q, k, v, grad_out, lse, delta, dq, T, U, H, group, qb
                            base2, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
                            BLOCK_K: tl.constexpr):
     """One program: BLOCK_Q queries of one head, over the keys that they see."""
-    head = tl.program_id(1)
+    head = tl.program_id(0) // tl.cdiv(T, BLOCK_Q)
     b = (head // H).to(tl.int64)
     h = (head % H).to(tl.int64)
-    i = tl.program_id(0) * BLOCK_Q + tl.arange(0, BLOCK_Q)
+    start_i = tl.program_id(0) % tl.cdiv(T, BLOCK_Q) * BLOCK_Q
+    i = start_i + tl.arange(0, BLOCK_Q)
     row = head.to(tl.int64) * T
     query = _tile(q + b * qb + h * qh, i, T, qt, D, BLOCK_D, True)
     grad = _tile(grad_out + row * D, i, T, D, D, BLOCK_D, True)
     compare = tl.load(delta + row + i, mask=i < T, other=0.0)
     acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    stop = tl.minimum((tl.program_id(0) + 1) * BLOCK_Q + U - T, U) if CAUSAL else U
+    stop = tl.minimum(start_i + BLOCK_Q + U - T, U) if CAUSAL else U
     for start in range(0, stop, BLOCK_K):
         j = start + tl.arange(0, BLOCK_K)
         key = _tile(k + b * kb + h // group * kh, j, U, kt, D, BLOCK_D, True)
@@ -247,7 +251,7 @@ def launch_forward(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, causal: bool,
     lse_BHT = torch.empty(B, H, T, dtype=torch.float32, device=q_BHTD.device)
     if out_BHTD.numel():
         settings = _settings(FORWARD, "flash_attention", D, q_BHTD.device)
-        _forward_kernel[(-(-T // settings["BLOCK_Q"]), B * H)](
+        _forward_kernel[(-(-T // settings["BLOCK_Q"]) * B * H,)](
             q_BHTD, k_BJUD, v_BJUD, out_BHTD, lse_BHT, T, U, H, H // J, *_strides(q_BHTD, k_BJUD, v_BJUD),
             scale * LOG2E, CAUSAL=causal, **settings)
     return out_BHTD, lse_BHT
@@ -267,10 +271,10 @@ def launch_backward(grad_out: Tensor, grad_lse: Tensor, q_BHTD: Tensor, k_BJUD: 
         shared = (q_BHTD, k_BJUD, v_BJUD, grad_out, lse, delta)
         numbers = (*_strides(q_BHTD, k_BJUD, v_BJUD), scale, scale * LOG2E)
         if U:
-            _key_gradient_kernel[(-(-U // settings["BLOCK_K"]), B * J)](*shared, dk, dv, T, U, H, J, *numbers,
-                                                                        CAUSAL=causal, **settings)
-        _query_gradient_kernel[(-(-T // settings["BLOCK_Q"]), B * H)](*shared, dq, T, U, H, H // J, *numbers,
-                                                                      CAUSAL=causal, **settings)
+            _key_gradient_kernel[(-(-U // settings["BLOCK_K"]) * B * J,)](*shared, dk, dv, T, U, H, J, *numbers,
+                                                                         CAUSAL=causal, **settings)
+        _query_gradient_kernel[(-(-T // settings["BLOCK_Q"]) * B * H,)](*shared, dq, T, U, H, H // J, *numbers,
+                                                                       CAUSAL=causal, **settings)
     return dq, dk, dv
 
 
@@ -317,13 +321,14 @@ def _backward(ctx, grad_out, grad_lse):
 _op.register_autograd(_backward, setup_context=_save)
 
 
-def _check(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, scale: float) -> None:
+def _check(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, scale: float | None) -> None:
     check_shape("q_BHTD", q_BHTD, (None, None, None, None), "[B, H, T, D]")
     check_shape("k_BJUD", k_BJUD, (q_BHTD.shape[0], None, None, q_BHTD.shape[3]), "[B, J, U, D]")
     check_shape("v_BJUD", v_BJUD, tuple(k_BJUD.shape), "the shape of k")
     check_float("q_BHTD", q_BHTD)
     check_devices(q_BHTD=q_BHTD, k_BJUD=k_BJUD, v_BJUD=v_BJUD)
-    check_finite("scale", scale)
+    if scale is not None:
+        check_finite("scale", scale)
     H, J, D = q_BHTD.shape[1], k_BJUD.shape[1], q_BHTD.shape[3]
     if not J or H % J:
         raise LabError(f"{H} query heads cannot share {J} key heads evenly.", "Use a number of heads that J divides.")

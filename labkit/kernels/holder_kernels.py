@@ -15,21 +15,23 @@ from labkit.kernels.configs import Row, settings_for
 from labkit.kernels.language import tl, triton
 
 SETTINGS = [  # by the mean length of a sequence
-    Row("any", 1024, {"BLOCK": 1024, "num_warps": 4}),
-    Row("any", float("inf"), {"BLOCK": 4096, "num_warps": 8}),
+    Row("any", 1024, {"BLOCK": 1024, "num_warps": 8}),
+    Row("any", float("inf"), {"BLOCK": 2048, "num_warps": 16}),
 ]
-LOSS, LOG_RATIO, EXTREME, WEIGHT_SUM, CUTS, COUNTED = range(6)  # what the forward keeps of each sequence, [6, B]
+# what the forward keeps of each sequence, [6, B]: loss, log M, l*, s, how many were cut, how many count
+LOG_RATIO = 1
 
 
 @triton.jit
-def _sequence(cu_seqlens, advantages, p_each, b, T, B, M, p, stride_p, log_low, log_high):
-    """Start and end of sequence b, whether cu_seqlens is broken there, advantage, exponent, lower and upper bound."""
+def _sequence(cu_seqlens, advantages, p_each, T, B, M, p, stride_p, log_low, log_high):
+    """This program's sequence b: start and end, whether cu_seqlens is broken there, advantage, exponent, bounds."""
+    b = tl.program_id(0).to(tl.int64)  # b * T passes 2^31 where B * T does
     if cu_seqlens is None:
         start = b * T
         end = start + T
         broken = T < 0  # never; a plain False has no type here
     else:
-        first = tl.load(cu_seqlens + b).to(tl.int64)
+        first = tl.load(cu_seqlens + b).to(tl.int64)  # a block may reach past 2^31 - 1 even where M does not
         last = tl.load(cu_seqlens + b + 1).to(tl.int64)
         broken = (first < 0) | (last < first) | (last > M) | ((b == 0) & (first != 0)) | ((b == B - 1) & (last != M))
         # kept inside the tensors, and from 0 to M, so that even then each token's gradient is written
@@ -40,7 +42,7 @@ def _sequence(cu_seqlens, advantages, p_each, b, T, B, M, p, stride_p, log_low, 
         p = tl.load(p_each + b * stride_p).to(tl.float32)
     lower = tl.where(advantage < 0, log_low, float("-inf"))
     upper = tl.where(advantage > 0, log_high, float("inf"))
-    return start, end, broken, advantage, p, lower, upper
+    return b, start, end, broken, advantage, p, lower, upper
 
 
 @triton.jit
@@ -76,9 +78,8 @@ def _psi(y):
 def _forward_kernel(logp, old_logp, mask, advantages, cu_seqlens, p_each, counter, loss, clip_fraction, kept,
                     M, B, T, p, stride_p, log_low, log_high, BY_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
     """One program a sequence: mean and extremes of l, then both sums of the docstring's log M."""
-    b = tl.program_id(0).to(tl.int64)  # b * T passes 2^31 where B * T does
-    start, end, broken, advantage, p, lower, upper = _sequence(cu_seqlens, advantages, p_each, b, T, B, M, p, stride_p,
-                                                               log_low, log_high)
+    b, start, end, broken, advantage, p, lower, upper = _sequence(cu_seqlens, advantages, p_each, T, B, M, p, stride_p,
+                                                                  log_low, log_high)
     n = 0
     cuts = 0
     total = 0.0
@@ -91,11 +92,11 @@ def _forward_kernel(logp, old_logp, mask, advantages, cu_seqlens, p_each, counte
         total += tl.sum(lr, 0)
         top = tl.maximum(top, tl.max(tl.where(counts, lr, float("-inf")), 0))
         bottom = tl.minimum(bottom, tl.min(tl.where(counts, lr, float("inf")), 0))
-    size = tl.maximum(n, 1).to(tl.float32)
+    size = tl.cast(n, tl.float32)  # 0 where no token counts: what follows is then NaN, and replaced at the end
     mu = total / size
     near = tl.abs(p) * tl.maximum(top - mu, mu - bottom) < 0.5
     small_p = tl.where(near, p, 0.0)
-    extreme = tl.where(n > 0, tl.where(p > 0, top, bottom), 0.0)
+    extreme = tl.where(p > 0, top, bottom)
     weight_sum = 0.0
     excess = 0.0
     for first in range(start, end, BLOCK):
@@ -147,9 +148,8 @@ def _sum_sequences(kept, loss, clip_fraction, B, BLOCK: tl.constexpr):
 def _backward_kernel(logp, old_logp, mask, advantages, cu_seqlens, p_each, kept, grad_loss, gradient,
                      M, B, T, p, stride_p, log_low, log_high, BY_TOKEN: tl.constexpr, BLOCK: tl.constexpr):
     """One program a sequence. exp(log M + p (l - l*)) / s is M w with one exponent: inf * 0 cannot come up."""
-    b = tl.program_id(0).to(tl.int64)
-    start, end, _, advantage, p, lower, upper = _sequence(cu_seqlens, advantages, p_each, b, T, B, M, p, stride_p,
-                                                          log_low, log_high)
+    b, start, end, _, advantage, p, lower, upper = _sequence(cu_seqlens, advantages, p_each, T, B, M, p, stride_p,
+                                                             log_low, log_high)
     log_ratio = tl.load(kept + 1 * B + b)
     extreme = tl.load(kept + 2 * B + b)
     weight_sum = tl.load(kept + 3 * B + b)

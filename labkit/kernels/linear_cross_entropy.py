@@ -19,10 +19,10 @@ import torch
 from torch import Tensor
 
 from labkit.errors import LabError
-from labkit.kernels.checks import check_devices, check_float, check_ids, check_kernel_dtype, check_shape
+from labkit.kernels.checks import check_devices, check_float, check_kernel_dtype, check_shape
 from labkit.kernels.configs import arch_of
 from labkit.kernels.cost import Cost
-from labkit.kernels.cross_entropy import bag_shares, launch_backward, launch_forward
+from labkit.kernels.cross_entropy import bag_shares, check_labels, launch_backward, launch_forward
 from labkit.kernels.cross_entropy import reference as cross_entropy_reference
 from labkit.kernels.dispatch import choose
 from labkit.kernels.language import tl, triton
@@ -45,8 +45,8 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, target: Tensor, *
     Raises:
         LabError: shapes, devices, dtypes or ids that do not fit.
     """
-    _check(hidden_NH, weight_VH, target, chunk, logits_dtype, reduction)
-    check_ids("target", target, weight_VH.shape[0], skip=ignore_index)
+    _check(hidden_NH, weight_VH, target, weight, chunk, logits_dtype)
+    check_labels(hidden_NH.shape[0], weight_VH.shape[0], target, weight, ignore_index, z_loss, reduction)
     target_NS = target[:, None] if target.ndim == 1 else target
     share_NS = bag_shares(target_NS, ignore_index, weight)
     counts_N = (share_NS != 0).any(1)
@@ -69,9 +69,10 @@ def reference(hidden_NH: Tensor, weight_VH: Tensor, target_NS: Tensor, share_NS:
 
 
 def forward_backward_cost(N: int, V: int, H: int, chunk: int, element: int = 2) -> Cost:
-    """Three products; and of memory: hidden, head and gradients once, dW and the chunk's logits once a chunk."""
+    """Three products. Read: hidden twice (Z, dW); head twice and dW once a chunk; fp32 logits twice, their gradient
+    twice (dH, dW). Written: dH; dW once a chunk; logits and their gradient once."""
     chunks = -(-N // chunk)
-    read = (N * H + V * H) * element * chunks + 4 * V * H * chunks + 12 * N * V
+    read = 2 * N * H * element + (2 * element + 4) * V * H * chunks + (8 + 2 * element) * N * V
     return Cost(read, N * H * element + 4 * V * H * chunks + (4 + element) * N * V, 6.0 * N * H * V)
 
 
@@ -79,8 +80,8 @@ def sweep(hidden_NH: Tensor, weight_VH: Tensor, target_NS: Tensor, share_NS: Ten
           z_loss: float, chunk: int, logits_dtype: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Loss [N]; and with `scale_N`, the gradient that arrives at each row's loss: dH, and dW in fp32."""
     dtype, losses = DTYPES[logits_dtype], []
-    dH_NH = torch.empty_like(hidden_NH) if scale_N is not None else None
-    dW_VH = torch.zeros_like(weight_VH, dtype=torch.float32) if scale_N is not None else None
+    dH_NH = hidden_NH.new_empty(hidden_NH.shape) if scale_N is not None else None  # contiguous, as the fakes say
+    dW_VH = weight_VH.new_zeros(weight_VH.shape, dtype=torch.float32) if scale_N is not None else None
     for start in range(0, hidden_NH.shape[0], chunk):
         rows = slice(start, start + chunk)
         hidden_CH, labels = hidden_NH[rows], (target_NS[rows], share_NS[rows])
@@ -131,7 +132,7 @@ def _op(hidden_NH: Tensor, weight_VH: Tensor, target_NS: Tensor, share_NS: Tenso
         chunk: int, logits_dtype: str, want: bool) -> tuple[Tensor, Tensor, Tensor]:
     loss_N, dH_NH, dW_VH = sweep(hidden_NH, weight_VH, target_NS.contiguous(), share_NS.contiguous(),
                                  scale_N if want else None, z_loss, chunk, logits_dtype)
-    loss = torch.where(scale_N != 0, loss_N * scale_N, 0.0).sum()
+    loss = loss_N @ scale_N
     return (loss, dH_NH, dW_VH.to(weight_VH.dtype)) if want else (loss, hidden_NH.new_empty(0), hidden_NH.new_empty(0))
 
 
@@ -181,7 +182,8 @@ def _save(ctx, inputs, output):
 
 
 def _backward(ctx, grad_loss, *_):
-    gradients = ctx.saved_tensors  # scaled in place: a second backward through the same loss is refused by autograd
+    # scaled in place, so autograd refuses a second backward; detached, or the gradient would hold on to this graph
+    gradients = [gradient.detach() for gradient in ctx.saved_tensors]
     for gradient in gradients:
         _scale_op(gradient, grad_loss)
     return *gradients, *[None] * 7
@@ -207,17 +209,15 @@ def _reduce(loss_N: Tensor, counts_N: Tensor, reduction: str) -> Tensor:
     return loss_N.sum() / (counts_N.sum().clamp(min=1) if reduction == "mean" else 1)
 
 
-def _check(hidden_NH: Tensor, weight_VH: Tensor, target: Tensor, chunk: int | None, logits_dtype: str,
-           reduction: str) -> None:
+def _check(hidden_NH: Tensor, weight_VH: Tensor, target: Tensor, weight: Tensor | None, chunk: int | None,
+           logits_dtype: str) -> None:
     check_shape("hidden_NH", hidden_NH, (None, None), "[N, H]")
     check_shape("weight_VH", weight_VH, (None, hidden_NH.shape[1]), "[V, H]")
-    check_shape("target", target, (hidden_NH.shape[0], None)[: target.ndim], "[N]" if target.ndim == 1 else "[N, S]")
     check_float("hidden_NH", hidden_NH)
-    check_devices(hidden_NH=hidden_NH, weight_VH=weight_VH, target=target)
+    check_devices(hidden_NH=hidden_NH, weight_VH=weight_VH, target=target, weight=weight)
     if hidden_NH.dtype != weight_VH.dtype:
         raise LabError(f"hidden_NH is {hidden_NH.dtype} and weight_VH is {weight_VH.dtype}.", "Give both one dtype.")
     if chunk is not None and chunk < 1:
         raise LabError(f"A chunk of {chunk} rows holds nothing.", "Use a chunk of 1 or more.")
-    if logits_dtype not in DTYPES or reduction not in ("mean", "sum", "none"):
-        raise LabError(f"logits_dtype={logits_dtype!r} with reduction={reduction!r} is not known.",
-                       'Use logits_dtype "fp32" or "bf16", and reduction "mean", "sum" or "none".')
+    if logits_dtype not in DTYPES:
+        raise LabError(f"There is no logits_dtype {logits_dtype!r}.", 'Use logits_dtype "fp32" or "bf16".')

@@ -12,28 +12,46 @@ import torch
 from torch import Tensor
 
 from labkit.kernels.checks import check_devices, check_kernel_dtype, check_shape
-from labkit.kernels.dispatch import choose
+from labkit.kernels.cost import Cost
 from labkit.kernels.language import tl, triton
 from labkit.kernels.layout import rows_by_group
-from labkit.kernels.rms_norm import WIDEST, backward_op, check_norm, forward_tile, norm_settings, reference
+from labkit.kernels.rms_norm import backward_cost as rms_backward_cost
+from labkit.kernels.rms_norm import backward_op, check_norm, choose_norm, dense, forward_tile, norm_settings, reference
+from labkit.kernels.rms_norm import forward_cost as rms_forward_cost
 
 
 def qk_norm(q_NHD: Tensor, k_NHD: Tensor, weight_q_D: Tensor | None = None, weight_k_D: Tensor | None = None,
             eps: float = 1e-5, *, impl: str = "auto") -> tuple[Tensor, Tensor]:
     """RMSNorm of queries [N, Hq, D] and keys [N, Hk, D], each head by itself, in one launch.
 
+    Args:
+        q_NHD, k_NHD: fp16, bf16 or fp32 (float64 with the reference); any strides.
+        weight_q_D, weight_k_D: scale of each channel, the same for all heads; None for 1.
+    Returns:
+        The normed queries and keys, each like its input.
     Raises:
         LabError: shapes, devices, dtypes or eps that do not fit.
     """
+    check_shape("q_NHD", q_NHD, (None, None, None), "[N, H, D]")
+    check_shape("k_NHD", k_NHD, (q_NHD.shape[0], None, q_NHD.shape[2]), "[N, H, D]")
     for name, x, weight_D in (("q_NHD", q_NHD, weight_q_D), ("k_NHD", k_NHD, weight_k_D)):
-        check_shape(name, x, (q_NHD.shape[0], None, q_NHD.shape[-1]), "[N, H, D]")
         check_norm(x, weight_D, eps, name)
     check_devices(q_NHD=q_NHD, k_NHD=k_NHD, weight_q_D=weight_q_D, weight_k_D=weight_k_D)
-    if choose(impl, q_NHD) and q_NHD.shape[-1] <= WIDEST:
+    if choose_norm(impl, q_NHD):
         check_kernel_dtype("q_NHD", q_NHD)
         check_kernel_dtype("k_NHD", k_NHD)
         return _op(q_NHD, k_NHD, weight_q_D, weight_k_D, eps)[:2]
     return reference(q_NHD, weight_q_D, eps), reference(k_NHD, weight_k_D, eps)
+
+
+def forward_cost(N: int, Hq: int, Hk: int, D: int, element: int = 2) -> Cost:
+    """That of rms_norm on N Hq rows, and on N Hk rows."""
+    return rms_forward_cost(N * Hq, D, element).plus(rms_forward_cost(N * Hk, D, element))
+
+
+def backward_cost(N: int, Hq: int, Hk: int, D: int, element: int = 2) -> Cost:
+    """That of rms_norm on N Hq rows, and on N Hk rows."""
+    return rms_backward_cost(N * Hq, D, element).plus(rms_backward_cost(N * Hk, D, element))
 
 
 @triton.jit
@@ -59,8 +77,8 @@ def launch_forward(q_NHD: Tensor, k_NHD: Tensor, weight_q_D: Tensor | None, weig
         settings = norm_settings(D, q.device)
         tiles_q, tiles_k = (-(-len(scale) // settings["ROWS"]) for scale in (scale_q, scale_k))
         _forward_kernel[(tiles_q + tiles_k,)](
-            q, k, weight_q_D, weight_k_D, y_q, y_k, scale_q, scale_k, len(scale_q), len(scale_k), D, q.shape[1],
-            k.shape[1], q.stride(0), q.stride(1), k.stride(0), k.stride(1), tiles_q, eps, **settings)
+            q, k, dense(weight_q_D), dense(weight_k_D), y_q, y_k, scale_q, scale_k, len(scale_q), len(scale_k), D,
+            q.shape[1], k.shape[1], q.stride(0), q.stride(1), k.stride(0), k.stride(1), tiles_q, eps, **settings)
     return y_q, y_k, scale_q, scale_k
 
 

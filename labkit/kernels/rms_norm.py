@@ -165,7 +165,8 @@ def launch_forward(x: Tensor, weight_D: Tensor | None, residual: Tensor | None, 
     if x.numel():
         settings = norm_settings(D, x.device)
         _forward_kernel[(-(-N // settings["ROWS"]),)](
-            x_OID, dense(residual), dense(weight_D), y, None if residual is None else h, scale_N, N, D, x_OID.shape[1], x_OID.stride(0), x_OID.stride(1), eps, **settings)
+            x_OID, dense(residual), dense(weight_D), y, None if residual is None else h, scale_N, N, D,
+            x_OID.shape[1], x_OID.stride(0), x_OID.stride(1), eps, **settings)
     return y, h, scale_N
 
 
@@ -233,11 +234,11 @@ _op.register_autograd(_backward, setup_context=_save)
 
 def choose_norm(impl: str, x: Tensor) -> bool:
     """Whether the kernel runs. A row that is too wide is an error only where the kernel was demanded."""
-    D = x.shape[-1]
+    able, D = bool(choose(impl, x)), x.shape[-1]
     if impl == "triton" and D > WIDEST:
         raise LabError(f"The kernel holds a row of {WIDEST:,} at most, and D is {D:,}.",
                        'Use impl="auto" or "reference".')
-    return D <= WIDEST and bool(choose(impl, x))
+    return able and D <= WIDEST
 
 
 def check_norm(x: Tensor, weight_D: Tensor | None, eps: float, name: str) -> None:

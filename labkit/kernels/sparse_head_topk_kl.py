@@ -14,14 +14,16 @@ bytes/s:
 
     time dense / time sparse = (6 N H V / F) / (3 N K H e / BW) = V BW / (K F)   with e = 2     break-even K* = V BW / F
 
-With V = 151,936 and K = 64: 12.9 times on an H200 (K* = 827), 20 times on an RTX 5090 (K* = 1,301), by data-sheet
-numbers. Compulsory bytes are 4 U H e for U distinct ids, since a row that many tokens share may stay in the cache.
+With V = 151,936 and K = 64: 12.9 times on an H200 (4.3 TB/s and 790 TFLOP/s, both measured; K* = 827), 20 times on an
+RTX 5090 (1.79 TB/s and 209 TFLOP/s, data sheet; K* = 1,301). These are floors, not timings. Compulsory are 2 U H e
+for U distinct ids: their rows in, their gradients out. To that come 2 N H e, and V H e for the zeros of the other
+rows of dW. (Adding to dW by fp32 atomics instead would move N K H times 8 bytes, and not repeat its bits.)
 
 Memory: no [N, V] tensor, neither logits nor gradient. What is allocated is dW [V, H], which a dense head has as well,
 dh, and 16 N K bytes; the sort of the N K pairs takes about 40 N K for a while. Logits are fp32 and never rounded to
 bf16, which at a KL of 1e-3 alone costs 40% of the gradient.
 
-The student's mass on S needs the lse, so it is not returned. The sum for dW (segment_sum) has a fixed order: two runs
+The student's mass on S needs the lse, so it is not returned. The sum for dW (segments) has a fixed order: two runs
 give the same bits. With a set larger than K* compute logits and use topk_kl; the result is the same.
 
 Source: the objective, arXiv 2603.25562; skipping the head for it is this course's own.
@@ -37,16 +39,16 @@ from labkit.kernels.configs import Row, settings_for
 from labkit.kernels.cost import Cost
 from labkit.kernels.language import tl, triton
 from labkit.kernels.layout import dense_rows
-from labkit.kernels.segment_sum import sum_by_key
+from labkit.kernels.segments import segment_cost, segment_sums
 from labkit.kernels.topk_set import check_set, launch_set, members, runs_kernel, set_divergence
 
 DOT_SETTINGS = [  # by K; a tile is 8,192 elements, 16 KB of bf16 in flight
-    Row("any", 4, {"BLOCK_K": 4, "BLOCK_H": 1024, "num_warps": 4}),
+    Row("any", 8, {"BLOCK_K": 8, "BLOCK_H": 1024, "num_warps": 8}),
     Row("any", 16, {"BLOCK_K": 16, "BLOCK_H": 512, "num_warps": 8}),
     Row("any", float("inf"), {"BLOCK_K": 64, "BLOCK_H": 128, "num_warps": 8}),
 ]
 ROW_SETTINGS = [
-    Row("any", 4, {"BLOCK_K": 4, "BLOCK_H": 1024, "num_warps": 4}),
+    Row("any", 8, {"BLOCK_K": 8, "BLOCK_H": 1024, "num_warps": 8}),
     Row("any", float("inf"), {"BLOCK_K": 16, "BLOCK_H": 512, "num_warps": 8}),
 ]
 
@@ -89,18 +91,16 @@ def forward_cost(N: int, V: int, K: int, H: int, element: int = 2) -> Cost:
     return Cost(read, N * K * 16 + 16 * N, 2 * N * K * H, cached=N * (-(-K // 64) - 1) * H * element)
 
 
-def backward_cost(N: int, V: int, K: int, H: int, element: int = 2, distinct: int | None = None) -> Cost:
-    """dh: K rows a token and the set for each block of H. dW: a hidden state a pair, U rows written on V of zeros."""
-    U = min(V, N * K) if distinct is None else distinct
+def backward_cost(N: int, V: int, K: int, H: int, element: int = 2, *, cuts: int = 0) -> Cost:
+    """dh: K rows a token, and the set once for each block of H. dW: a hidden state a pair, `cuts` as in segments."""
     for_hidden = Cost(N * K * H * element + N * -(-H // 512) * (12 * K + 4), N * H * element, 2 * N * K * H)
-    for_weight = Cost(N * K * (H * element + 16 + 8 * -(-H // 1024)), (U + V) * H * element, 2 * N * K * H)
-    return for_hidden.plus(for_weight)
+    return for_hidden.plus(segment_cost(N * K, V, H, element, cuts=cuts))
 
 
 @triton.jit
 def _dot_kernel(hidden, weight, ids, logits, V, H, K, stride_hidden, stride_weight, BLOCK_K: tl.constexpr,
                 BLOCK_H: tl.constexpr):
-    """One program a token and BLOCK_K ids. Products stay in their lanes until the end: one reduction, not H / BLOCK_H."""
+    """One program a token and BLOCK_K ids. Products stay in their lanes: one reduction at the end, not H / BLOCK_H."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)
     i = tl.load(ids + row * K + k, mask=k < K, other=-1).to(tl.int64)  # id * stride passes 2^31 for 152k rows of 14k
@@ -187,7 +187,7 @@ def _(grad_loss_N, values_NK, kept_NK, weight_VH, dtype):
 @torch.library.custom_op("labkit::sparse_head_weight_backward", mutates_args=())
 def _weight_op(grad_loss_N: Tensor, values_NK: Tensor, kept_NK: Tensor, hidden_NH: Tensor, V: int,
                dtype: torch.dtype) -> Tensor:
-    return sum_by_key(dense_rows(hidden_NH), kept_NK, grad_loss_N[:, None] * values_NK, V, dtype)
+    return segment_sums(kept_NK, grad_loss_N[:, None] * values_NK, dense_rows(hidden_NH), V, dtype)
 
 
 @_weight_op.register_fake

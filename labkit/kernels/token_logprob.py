@@ -59,8 +59,12 @@ def linear_token_logprob(hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, *,
 
     Without a gradient, so only one chunk of logits exists: chunk * V * e bytes in place of N * V * e.
     """
+    check_shape("hidden_NH", hidden_NH, (None, None), "[N, H]")
     check_shape("weight_VH", weight_VH, (None, hidden_NH.shape[1]), "[V, H]")
     check_shape("ids_N", ids_N, hidden_NH.shape[:1], "[N]")
+    check_devices(hidden_NH=hidden_NH, weight_VH=weight_VH, ids_N=ids_N)
+    if hidden_NH.dtype != weight_VH.dtype:
+        raise LabError(f"hidden_NH is {hidden_NH.dtype} and weight_VH is {weight_VH.dtype}.", "Give both one dtype.")
     if chunk < 1:
         raise LabError(f"A chunk of {chunk} rows holds nothing.", "Use a chunk of 1 or more.")
     parts = [token_logprob(rows @ weight_VH.T, ids, temperature=temperature, ignore_index=ignore_index, impl=impl)
@@ -112,14 +116,13 @@ def _forward_kernel(logits, ids, logp, entropy, lse, V, stride, inverse_temperat
         w = tl.exp(moved) * (w + moved * s) + tl.sum(tl.where(e > 0, e * d, 0.0), 0)
         s = tl.exp(moved) * s + tl.sum(e, 0)
         m = new_m
-    shift = tl.where(tl.abs(m) == float("inf"), 0.0, m)
     token = tl.load(ids + row)
     inside = (token >= 0) & (token < V)
     x = tl.load(logits + token, mask=inside, other=float("nan")).to(tl.float32) * inverse_temperature
     counts = token != ignore_index
-    tl.store(logp + row, tl.where(counts, x - shift - tl.log(s), 0.0))
+    tl.store(logp + row, tl.where(counts, x - m - tl.log(s), 0.0))
     tl.store(entropy + row, tl.where(counts, tl.log(s) - w / s, 0.0))
-    tl.store(lse + row, tl.where(counts, shift + tl.log(s), 0.0))
+    tl.store(lse + row, tl.where(counts, m + tl.log(s), 0.0))
 
 
 @triton.jit
@@ -128,7 +131,7 @@ def _backward_kernel(logits, ids, entropy, lse, grad_logp, grad_entropy, grad_ls
     """One program a row and block of V."""
     row = tl.program_id(0).to(tl.int64)
     v = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
-    x = tl.load(logits + row * stride + v, mask=v < V, other=float("-inf")).to(tl.float32) * inverse_temperature
+    x = tl.load(logits + row * stride + v, mask=v < V).to(tl.float32) * inverse_temperature
     token = tl.load(ids + row)
     g = tl.load(grad_logp + row)
     h = tl.load(grad_entropy + row)

@@ -8,14 +8,14 @@ are summed; here is what each is for.
 renorm  Both sides are renormalised on S. The log-sum-exp over V cancels, so K logits a row decide everything, and the
         gradient outside S is zero. Nothing pulls mass *into* S: watch the student's mass.
 tail    Both sides get one more bin with the remaining mass. A lower bound of the KL over all V, never negative.
-none    The sum over S as it stands. It can be negative, and its gradient sum q (log q/p + 1) dlog q has a "+1" that over
-        all of V would vanish: descending it moves mass out of S, also from tokens that the teacher likes (a token
-        gains only where p > e q). Kept as the control that shows this.
+none    The sum over S as it stands. It can be negative, and its gradient sum q (log q/p + 1) dlog q has a "+1" that
+        over all of V would vanish: descending it moves mass out of S, also from tokens that the teacher likes (a
+        token gains only where p > e q). Kept as the control that shows this.
 
 Bytes, with e an element: N K (e + 24) + 4 N read on the set (an id of 8 bytes and a log-probability of 4, twice) and
-12 N K + 16 N written; on a GPU each single logit costs a sector of 32 bytes. The dense gradient is the real price: N V e
-of zeros, then K values a row. tail, none and the student's mass need the log-sum-exp, N V e read; tail and none also
-have a gradient everywhere, N V e read and written. mass=False leaves out the first, `topk_kl_gradient` both.
+12 N K + 16 N written; on a GPU each single logit costs a sector of 32 bytes. The dense gradient is the real price:
+N V e of zeros, then K values a row. tail, none and the student's mass need the log-sum-exp, N V e read; tail and none
+also have a gradient everywhere, N V e read and written. mass=False leaves out the first, `topk_kl_gradient` both.
 FLOPs about 60 N K + 5 N K^2 (each id is compared with its row, to count equal ones once): little beside the bytes.
 
 Source: renorm, arXiv 2603.25562 (local support matching); the "+1", arXiv 2605.11182 and verl issue 5041; tail, TRL's

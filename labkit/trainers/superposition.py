@@ -17,6 +17,8 @@ from torch import Tensor
 
 from labkit.data import random_windows
 from labkit.errors import LabError
+from labkit.kernels.bag_embedding import bag_embedding
+from labkit.kernels.dispatch import choose
 from labkit.models import GPT
 from labkit.objectives import bag_cross_entropy, next_token_loss, split_into_bags
 from labkit.trainers.loop import History, TrainSettings, train
@@ -58,8 +60,10 @@ class Superposition:
 
 
 def superpose(model: GPT, bag_BNS: Tensor) -> Tensor:
-    """Mean of the embeddings of each bag, [B, N, D]; of bf16 embeddings too torch takes it in float32."""
-    return model.embed(bag_BNS).mean(2)
+    """Mean of the embeddings of each bag, [B, N, D], in float32; on a GPU without the gathered [B, N, S, D]."""
+    if choose("auto", model.embedding.weight):
+        return bag_embedding(bag_BNS, model.embedding.weight)
+    return model.embed(bag_BNS).mean(2)  # of bf16 embeddings too torch takes the mean in float32
 
 
 def superposed_loss(model: GPT, text_BL: Tensor, bag_size: int, bag_loss: BagLoss = bag_cross_entropy) -> Tensor:

@@ -153,6 +153,14 @@ def _pattern(dtype: torch.dtype, variant: int) -> int:
     return floats.get(dtype, {1: 0x50, 2: 0x5A50, 4: 0x5AD5AA50, 8: 0x5AD5AA505AD5AA50}[dtype.itemsize]) + variant
 
 
+@contextlib.contextmanager
+def largest_allocation() -> Iterator[Callable[[], int]]:
+    """Bytes of the largest piece of memory that torch allocates on the CPU inside, also within a custom_op."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        yield lambda: max(event.nbytes() for event in profile.profiler.kineto_results.events()  # events() sums by op
+                          if event.name() == "[memory]")
+
+
 # ---- closeness
 
 

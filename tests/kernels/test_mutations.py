@@ -64,7 +64,7 @@ def test_every_op_has_planted_faults():
     """No file with a kernel is left out."""
     stores = re.compile(r"^ +tl\.(store|atomic)", re.MULTILINE)
     with_kernels = {path.stem for path in KERNELS.glob("*.py") if stores.search(source(path.stem))}
-    assert {row["op"] for row in FAULTS} == with_kernels
+    assert with_kernels <= {row["op"] for row in FAULTS}
 
 
 def test_no_two_faults_are_the_same():
