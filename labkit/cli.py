@@ -143,7 +143,8 @@ def bench(ops: Annotated[list[str] | None, typer.Argument(help="Kernels, like rm
           ) -> None:
     """Time every kernel against its peers and its floor; without a GPU, print what is predicted.
 
-    On a GPU the report goes to data/results/workstation/<device>/bench.json, with a picture (not with --quick).
+    On a GPU the report of a full run goes to data/results/workstation/<device>/bench.json, with its picture; that of
+    some kernels, or of a quick run, only where --out says.
     """
     import torch
 
@@ -161,7 +162,7 @@ def bench(ops: Annotated[list[str] | None, typer.Argument(help="Kernels, like rm
     if device.type == "cuda":
         if out is None and not quick and not ops:
             out = record.result_folder("workstation", record.device_name(device)) / "bench.json"
-        report = run_bench(chosen, device, seconds=60.0 if quick else 300.0, quick=quick, commit=record.commit(),
+        report = run_bench(chosen, device, seconds=30.0 if quick else 150.0, quick=quick, commit=record.commit(),
                            save=lambda report: out and write_json(out, report))
     else:
         report = predict_bench(chosen, quick=quick, commit=record.commit())

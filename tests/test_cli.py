@@ -81,9 +81,47 @@ def test_bench_prints_both_ceilings(labkit, monkeypatch):
     rate = ceilings.Rate(median=2e10, p20=1e10, p80=3e10, repeats=5, size=1)
     found = ceilings.Ceilings("CPU", "float32", 1, copy=rate, matmul=ceilings.Rate(8e10, 7e10, 9e10, 5, 1024))
     monkeypatch.setattr(ceilings, "measure_ceilings", lambda device: found)
-    out = labkit("bench")[1]
+    out = labkit("bench", "--ceilings")[1]
     assert "20.0 GB/s" in out and "80.0 GFLOP/s" in out and "fewer than 4 FLOP a byte" in out
-    assert json.loads(labkit("bench", "--json")[1])["copy"]["median"] == 2e10
+    assert json.loads(labkit("bench", "--ceilings", "--json")[1])["copy"]["median"] == 2e10
+
+
+def test_bench_without_a_gpu_predicts(labkit, monkeypatch, tmp_path):
+    """A table that says "Not timed"; --json, --out with a picture; an unknown kernel is refused by name."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    status, out, _ = labkit("bench", "rms_norm", "--quick")
+    assert status == 0 and "Not timed" in out and "rms_norm" in out and "memory" in out
+    status, out, _ = labkit("bench", "rms_norm", "--quick", "--json", "--out", str(tmp_path / "r.json"))
+    report = json.loads(out)
+    assert status == 0 and {row["op"] for row in report["rows"]} == {"rms_norm"} and not report["header"]["timed"]
+    assert json.loads((tmp_path / "r.json").read_text()) == report and (tmp_path / "r.png").exists()
+    status, out, err = labkit("bench", "softmax")
+    assert (status, out) == (1, "") and "There is no benchmark of softmax." in err and "rms_norm" in err
+
+
+def test_bench_on_a_gpu_keeps_a_full_run_and_fails_with_a_kernel(labkit, monkeypatch, tmp_path):
+    """All kernels: the device's folder gets report and picture, though one failed, which is status 1. Some: nothing."""
+    from labkit.course import roofline
+    from labkit.measure import bench
+
+    header = {"timed": True, "device": "NVIDIA H200", "ceilings": {"copy_TBps": 4.3, "gemm_TFLOPs": 790.0},
+              "torch": "2.11", "triton": "3.6"}
+
+    def run_bench(ops, device, *, seconds, quick, commit, save):
+        failed = {"op": ops[0], "impl": "ours", "error": "RuntimeError: no", "flops": None}
+        report = {"header": header, "rows": [failed], "skipped": []}
+        save(report)
+        return report
+
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.get_device_name", lambda *_: "NVIDIA H200")
+    monkeypatch.setattr(bench, "run_bench", run_bench)
+    monkeypatch.setattr(roofline, "save_picture", lambda report, path: path.write_text("drawn"))
+    status, out, _ = labkit("bench", "rms_norm")
+    assert status == 1 and "RuntimeError: no" in out and not list(tmp_path.rglob("bench.json"))
+    assert labkit("bench")[0] == 1
+    folder = tmp_path / "results/workstation/nvidia-h200"
+    assert json.loads((folder / "bench.json").read_text())["rows"][0]["error"] and (folder / "bench.png").exists()
 
 
 def test_mistakes_are_one_sentence_on_stderr(labkit):

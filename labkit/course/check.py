@@ -87,8 +87,11 @@ def unanswered(answer: object) -> bool:
         tree = ast.parse(textwrap.dedent(inspect.getsource(getattr(answer, "fn", answer))))
     except (TypeError, OSError, SyntaxError):  # no function, or one without a text
         return False
-    last = tree.body[0].body[-1] if isinstance(tree.body[0], ast.FunctionDef) else None
-    return isinstance(last, ast.Expr) and isinstance(last.value, ast.Constant) and last.value.value is ...
+    if not isinstance(tree.body[0], ast.FunctionDef):
+        return False
+    said = [line.value.value if isinstance(line, ast.Expr) and isinstance(line.value, ast.Constant) else None
+            for line in tree.body[0].body]
+    return said[-1] is ... and all(word is ... or isinstance(word, str) for word in said)
 
 
 def show_hint(name: str) -> None:

@@ -179,7 +179,8 @@ def shown(row: Mapping) -> str:
     if row["estimate"] is None:
         return ""
     if row["kind"] == "exact":
-        return f"{row['estimate']:.4g}"
+        whole = row["estimate"] == round(row["estimate"]) and abs(row["estimate"]) < 1e6
+        return f"{row['estimate']:,.0f}" if whole else f"{row['estimate']:.4g}"
     seeds = f"{len(row['seeds'])} seed" + ("s" if len(row["seeds"]) != 1 else "")
     if row["low"] is None or row["high"] is None:
         return f"{row['estimate']:.3g} ({seeds}, no interval)"

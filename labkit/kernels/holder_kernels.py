@@ -15,8 +15,8 @@ from labkit.kernels.configs import Row, settings_for
 from labkit.kernels.language import tl, triton
 
 SETTINGS = [  # by the mean length of a sequence
-    Row("any", 1024, {"BLOCK": 1024, "num_warps": 8}),
-    Row("any", float("inf"), {"BLOCK": 2048, "num_warps": 16}),
+    Row("any", 1024, {"BLOCK": 1024, "num_warps": 8, "maxnreg": 96}),
+    Row("any", float("inf"), {"BLOCK": 2048, "num_warps": 16, "maxnreg": 96}),
 ]
 # what the forward keeps of each sequence, [6, B]: loss, log M, l*, s, how many were cut, how many count
 LOG_RATIO = 1

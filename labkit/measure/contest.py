@@ -89,8 +89,7 @@ class Contest:
         if self.ours.max_err > benchmark.tolerance:
             raise LabError(f"{benchmark.op} is wrong at the timed size: relative error {self.ours.max_err:.2e}, "
                            f"allowed {benchmark.tolerance:.0e}.", "Run: pytest -m gpu tests/kernels")
-        with torch.no_grad():
-            self.result = outputs(self.ours.call(**inputs))
+        self.result = outputs(self.without_grad(self.ours, inputs))
         self.upstream = arriving(self.result) if benchmark.wrt else None
         merged = inputs | {f"upstream {i}": each for i, each in enumerate(self.upstream or ())}
         self.ours.sets = input_sets(merged, plan.device)
@@ -144,8 +143,7 @@ class Contest:
                     for each in sets]
         entrant = Entrant(peer.make(), sets, peer)
         if not peer.yardstick:
-            with torch.no_grad():
-                result = outputs(entrant.call(**self.given(sets[0])))
+            result = outputs(self.without_grad(entrant, sets[0]))
             if all(a.shape == b.shape for a, b in zip(result, self.result, strict=False)):
                 entrant.max_err = max(map(relative_error, result, self.result))
         entrant.compile_s = self.seconds_of(self.bound(entrant, sets[0], direction, self.upstream))
@@ -154,6 +152,11 @@ class Contest:
     def given(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:
         """The op's own inputs, without the gradients that arrive."""
         return {name: tensor for name, tensor in inputs.items() if not name.startswith("upstream")}
+
+    def without_grad(self, entrant: Entrant, inputs: dict[str, Tensor]) -> Any:
+        """The forward as for inference: some libraries ask the tensors, not torch, whether a gradient is wanted."""
+        with torch.no_grad():
+            return entrant.call(**{name: tensor.detach() for name, tensor in self.given(inputs).items()})
 
     def calls(self, entrant: Entrant, direction: str) -> list[Callable[[], object]]:
         """One call for each set of inputs."""
@@ -166,7 +169,7 @@ class Contest:
         """A call without arguments: forward alone (no graph is kept), or forward and the gradients of `wrt`."""
         given, leaves = self.given(inputs), [inputs[name] for name in self.benchmark.wrt]
         if direction == FORWARD or (entrant.peer and entrant.peer.yardstick):
-            return lambda: _without_grad(entrant.call, given)
+            return lambda: self.without_grad(entrant, inputs)
 
         def both() -> object:
             results = outputs(entrant.call(**given))
@@ -221,8 +224,3 @@ def sentence(error: Exception) -> str:
     if isinstance(error, LabError):
         return error.problem
     return f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-
-
-def _without_grad(call: Callable[..., Any], given: dict[str, Tensor]) -> object:
-    with torch.no_grad():
-        return call(**given)

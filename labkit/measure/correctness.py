@@ -32,19 +32,21 @@ def arriving(results: Outputs, seed: int = 0) -> Outputs | None:
 
 def relative_error(ours: Tensor, right: Tensor) -> float:
     """Norm of the difference over the norm of what is right; infinite where a number is not finite."""
-    error = (ours.float() - right.float()).norm() / right.float().norm().clamp(min=1e-30)
+    right = right.float() if right.dtype != torch.float64 else right
+    error = (ours.to(right.dtype) - right).norm() / right.norm().clamp(min=1e-30)
     return float(error) if error.isfinite() else float("inf")
 
 
-def largest_error(benchmark: Benchmark, inputs: dict[str, Tensor]) -> float:
-    """The largest relative error among the results and the gradients."""
+def largest_error(benchmark: Benchmark, inputs: dict[str, Tensor], exact_dtype: torch.dtype = torch.float32) -> float:
+    """The largest relative error among the results and the gradients; the reference computes in `exact_dtype`."""
     row_of = benchmark.rows
     length = inputs[next(iter(row_of))].shape[next(iter(row_of.values()))] if row_of else 0
     keep = _kept(length, benchmark.check_rows, next(iter(inputs.values())).device)
     some = {name: tensor.detach() if keep is None or name not in row_of else
             tensor.detach().index_select(row_of[name], keep) for name, tensor in inputs.items()}
-    exact = {name: (tensor.float() if tensor.is_floating_point() else tensor).requires_grad_(name in benchmark.wrt)
-             for name, tensor in some.items()}
+    exact = {name: tensor.to(exact_dtype) if tensor.is_floating_point() else tensor for name, tensor in some.items()}
+    for name in benchmark.wrt:
+        exact[name].requires_grad_()
     silenced = inputs if keep is None else _silenced(inputs, keep)
     with torch.set_grad_enabled(bool(benchmark.wrt)):
         ours = outputs(benchmark.call("auto", **silenced))

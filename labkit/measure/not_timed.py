@@ -66,7 +66,8 @@ def row(benchmark: Benchmark, direction: str, readings: dict, counted: dict[str,
             "intensity": cost.flops / cost.memory_bytes,
             "predicted": {card.name: prediction(cost, card) for card in cards}, "compiled": compiled,
             "compiled_cases": cases, "counted": counted.get(direction),
-            "targets": [target.text() for target in benchmark.targets if target.direction in judged],
+            "targets": [target.text() + f" ({target.direction})" * (target.direction != direction)
+                        for target in benchmark.targets if target.direction in judged],
             "note": "; ".join(filter(None, [benchmark.uncounted, benchmark.count_notes.get(direction)]))}
 
 

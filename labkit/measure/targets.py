@@ -17,6 +17,7 @@ class Target(NamedTuple):
     direction: str
     peer: str = ""
     arch: str = ""
+    why: str = ""  # it may be missed by design
 
     def text(self) -> str:
         """Like "at least 0.85 of the floor"."""
@@ -33,7 +34,7 @@ class Target(NamedTuple):
         if reached is None:
             return None
         met = reached <= self.value if self.kind in ("memory", "milliseconds") else reached >= self.value
-        return {"target": self.text(), "reached": reached, "met": met}
+        return {"target": self.text(), "reached": reached, "met": met, "why": self.why}
 
     def _reached(self, row: dict, peers: dict[str, dict]) -> float | None:
         if self.kind == "floor":
@@ -51,7 +52,7 @@ def note(row: dict, judged: list[dict], noise: float, yardsticks: tuple[str, ...
     said = []
     missed = [each for each in judged if not each["met"]]
     if missed:
-        said.append(f"misses: {'; '.join(each['target'] for each in missed)} ({reason(row)})")
+        said.append("misses: " + "; ".join(f"{each['target']} ({each['why'] or reason(row)})" for each in missed))
     slower = {name: 1 / each["p50"] for name, each in row["ratio_vs"].items()
               if name not in yardsticks and each["hi"] < 1 and 1 / each["p50"] > 1 + noise}
     said += [f"slower than {name} by {times:.2f}" for name, times in sorted(slower.items(), key=lambda item: -item[1])]

@@ -60,20 +60,20 @@ def test_no_rows():
 
 
 VIEWS = {
-    "columns of a wider tensor": lambda: rows(4, 90)[:, 7:82],
-    "every second row": lambda: rows(8, 75)[::2],
-    "every second column": lambda: rows(4, 150)[:, ::2],
-    "transposed": lambda: rows(75, 4).t(),
-    "one row expanded": lambda: rows(1, 75).expand(4, 75),
-    "one column expanded": lambda: rows(4, 1).expand(4, 75),
-    "offset": lambda: rows(5, 75).flatten()[3:303].view(4, 75),
+    "columns of a wider tensor": lambda: rows(2, 90)[:, 7:82],
+    "every second row": lambda: rows(4, 75)[::2],
+    "every second column": lambda: rows(2, 150)[:, ::2],
+    "transposed": lambda: rows(75, 2).t(),
+    "one row expanded": lambda: rows(1, 75).expand(2, 75),
+    "one column expanded": lambda: rows(2, 1).expand(2, 75),
+    "offset": lambda: rows(3, 75).flatten()[3:153].view(2, 75),
 }
 
 
 @pytest.mark.parametrize("view", VIEWS)
 def test_views_of_the_logits(view):
     """Strides of the logits and of the ids change nothing."""
-    check(VIEWS[view](), ids(8, 75)[::2])
+    check(VIEWS[view](), ids(4, 75)[::2])
 
 
 @pytest.mark.parametrize("used", [0, 1, 2], ids=["logp", "entropy", "lse"])
@@ -298,11 +298,11 @@ EXAMPLES = settings(max_examples=8)
 
 
 @EXAMPLES
-@given(V=st.integers(1, 70), seed=st.integers(0, 2**16))
+@given(V=st.integers(1, 24), seed=st.integers(0, 2**16))
 def test_probabilities_sum_to_one_and_entropy_is_bounded(V, seed):
     """sum exp(logp) over the vocabulary is 1; entropy lies in [0, log V]; every gradient but that of lse sums to 0."""
     logits_NV = rows(1, V, seed).requires_grad_()
-    with forced("token_logprob", BLOCK_V=32):
+    with forced("token_logprob", BLOCK_V=8):
         logp_V, entropy_V, _ = kernels.token_logprob(logits_NV.expand(V, V), torch.arange(V))
         logp_N, entropy_N, lse_N = kernels.token_logprob(logits_NV, torch.zeros(1, dtype=torch.int64))
     assert abs(logp_V.exp().sum() - 1) < 1e-5
