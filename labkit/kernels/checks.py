@@ -62,6 +62,14 @@ def check_finite(name: str, value: float) -> None:
         raise LabError(f"{name} is {value}, which is not a finite number.", f"Give {name} a finite value.")
 
 
+def check_temperature(temperature: float) -> None:
+    """A finite number of 1e-6 or more: below that, logits divided by it leave fp32."""
+    check_finite("temperature", temperature)
+    if temperature < 1e-6:
+        raise LabError(f"A temperature of {temperature} is not above 0 far enough.",
+                       "Use a small one such as 0.01 for nearly greedy probabilities.")
+
+
 def check_kernel_dtype(name: str, tensor: Tensor) -> None:
     """A kernel takes fp16, bf16 and fp32; float64 is for references."""
     if tensor.dtype not in FLOATS:

@@ -30,12 +30,13 @@ def settings_for(kernel: str, table: list[Row], size: int, device: torch.device,
                  launch: Callable[[dict[str, int]], object] | None = None) -> dict[str, int]:
     """Launch keywords (BLOCK_V=4096, num_warps=8, ...) of `kernel` for an input of this size.
 
-    `launch`, given settings, runs the kernel on its real inputs: with it, LABKIT_AUTOTUNE=1 can search the table.
+    `launch`, given settings, runs the kernel on its real inputs: with it, LABKIT_AUTOTUNE=1 can search the table. (Not
+    for a kernel that overwrites its input.)
     """
     fitting = rows_for(table, arch_of(device))
     chosen = next(row.settings for row in fitting if size <= row.largest)
     if launch and device.type == "cuda" and os.environ.get("LABKIT_AUTOTUNE") == "1" and kernel not in _forced:
-        key = (kernel, torch.cuda.get_device_name(device), max(size, 1).bit_length())
+        key = (kernel, launch.__qualname__, torch.cuda.get_device_name(device), max(size, 1).bit_length())
         if key not in _tuned:
             _tuned[key] = fastest([row.settings for row in fitting], launch)
         chosen = _tuned[key]

@@ -29,6 +29,8 @@ from labkit.kernels.layout import dense_rows
 SETTINGS = [
     Row("any", 1024, {"BLOCK_V": 1024, "num_warps": 4}),
     Row("any", float("inf"), {"BLOCK_V": 4096, "num_warps": 8}),
+    Row("any", float("inf"), {"BLOCK_V": 2048, "num_warps": 4}),  # this one and the next only if LABKIT_AUTOTUNE asks
+    Row("any", float("inf"), {"BLOCK_V": 8192, "num_warps": 16}),
 ]
 
 
@@ -71,7 +73,7 @@ def cross_entropy(logits_NV: Tensor, target: Tensor, *, ignore_index: int = -100
 def bag_shares(target_NS: Tensor, ignore_index: int, weight_S: Tensor | None) -> Tensor:
     """What part of its row's loss each id has: weights scaled to sum to one over the ids that count, fp32 [N, S]."""
     counts_NS = target_NS != ignore_index
-    weight_NS = counts_NS.float() if weight_S is None else torch.where(counts_NS, weight_S.float(), 0.0)
+    weight_NS = counts_NS.float() if weight_S is None else torch.where(counts_NS, weight_S.detach().float(), 0.0)
     total_N1 = weight_NS.sum(1, keepdim=True)
     return torch.where(total_N1 != 0, weight_NS / total_N1, 0.0)
 
@@ -155,9 +157,12 @@ def launch_forward(logits_NV: Tensor, target_NS: Tensor, share_NS: Tensor, z_los
     loss_N, lse_N = (torch.empty(N, dtype=torch.float32, device=logits_NV.device) for _ in range(2))
     if N:
         S = target_NS.shape[1]
-        _forward_kernel[(N,)](logits_NV, target_NS, share_NS, loss_N, lse_N, V, S, logits_NV.stride(0), z_loss,
-                              BLOCK_S=triton.next_power_of_2(S),
-                              **settings_for("cross_entropy", SETTINGS, V, logits_NV.device))
+
+        def launch(settings):
+            _forward_kernel[(N,)](logits_NV, target_NS, share_NS, loss_N, lse_N, V, S, logits_NV.stride(0), z_loss,
+                                  BLOCK_S=triton.next_power_of_2(S), **settings)
+
+        launch(settings_for("cross_entropy", SETTINGS, V, logits_NV.device, launch))
     return loss_N, lse_N
 
 
@@ -166,10 +171,13 @@ def launch_backward(grad_loss_N: Tensor, grad_lse_N: Tensor, logits_NV: Tensor, 
     """Write the gradient to `out_NV`, which may be the logits themselves."""
     N, V = logits_NV.shape
     if N:
-        settings = settings_for("cross_entropy", SETTINGS, V, logits_NV.device)
-        grid = (N, -(-V // settings["BLOCK_V"]))
-        _backward_kernel[grid](logits_NV, target_NS, share_NS, lse_N, grad_loss_N, grad_lse_N, out_NV, V,
-                               target_NS.shape[1], logits_NV.stride(0), out_NV.stride(0), z_loss, **settings)
+        def launch(settings):
+            _backward_kernel[(N, -(-V // settings["BLOCK_V"]))](
+                logits_NV, target_NS, share_NS, lse_N, grad_loss_N, grad_lse_N, out_NV, V, target_NS.shape[1],
+                logits_NV.stride(0), out_NV.stride(0), z_loss, **settings)
+
+        over_itself = out_NV.data_ptr() == logits_NV.data_ptr()  # a search would feed gradients back in as logits
+        launch(settings_for("cross_entropy", SETTINGS, V, logits_NV.device, None if over_itself else launch))
 
 
 @torch.library.custom_op("labkit::cross_entropy", mutates_args=())

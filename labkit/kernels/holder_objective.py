@@ -20,7 +20,8 @@ Bytes, with e bytes an element of each log-probability and 1 more of a mask: for
 cache; backward 2 e M read and e M written. FLOPs about 40 M and 10 M. That is a few megabytes, so the launches decide.
 Forward: one, and a memset of 4 bytes for the counter. Backward: one. The wrapper adds none for bool masks and a number
 p; a mask of another type costs one more (mask != 0), a padded input that is not contiguous a copy. Packed sequences
-begin at any token and so are read 4 bytes at a time, not 16; at this size nobody waits for that.
+begin at any token and so are read 4 bytes at a time, not 16; at this size nobody waits for that. The sum over sequences
+is taken by whichever program ends last, but always in the same order: equal bits in every run.
 
 Sources: Hoelder policy optimisation, arXiv 2605.12058; GSPO, arXiv 2507.18071; GMPO, arXiv 2507.20673.
 """

@@ -6,9 +6,10 @@ The gradient is made in the forward, where Z is at hand; the backward only multi
 finds a 1 there returns at once. With reduction="none" what arrives is not known in the forward, so the backward makes
 the logits again.
 
-FLOPs: 6 N H V (8 N H V with reduction="none"). Memory: C V (4 + e) bytes of logits and gradient (C V e in place, with
-logits in e bytes), and 4 V H for dW. Chunk rule: dW is read and written once a chunk, 8 V H bytes; to keep that below a
-tenth of the chunk's products takes C >= 13.3 F / BW tokens, whatever V and H (F FLOP/s, BW bytes/s): 2,450 on an H200.
+FLOPs: 6 N H V (8 N H V with reduction="none"; 2 N H V less where hidden or head is frozen). Memory: C V (4 + e) bytes
+of logits and gradient (C V e in place, with logits in e bytes), and 4 V H for dW.
+Chunk rule: dW is read and written once a chunk, 8 V H bytes; to keep that below a tenth of the chunk's products takes
+C >= 13.3 F / BW tokens, whatever V and H (F FLOP/s, BW bytes/s): 2,450 on an H200.
 
 dW is always summed in fp32. In bf16 each chunk would round away what is small beside the sum so far, and more chunks
 would mean more error; there is no option for it.
@@ -26,6 +27,7 @@ from labkit.kernels.cross_entropy import bag_shares, check_labels, launch_backwa
 from labkit.kernels.cross_entropy import reference as cross_entropy_reference
 from labkit.kernels.dispatch import choose
 from labkit.kernels.language import tl, triton
+from labkit.kernels.products import add_product, product
 
 CHUNK = {"sm_90": 2560, "sm_120": 1536}  # tokens, by the chunk rule; 2048 elsewhere
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -58,7 +60,7 @@ def linear_cross_entropy(hidden_NH: Tensor, weight_VH: Tensor, target: Tensor, *
     if reduction == "none":
         return _rowwise_op(hidden_NH, weight_VH, target_NS, share_NS, z_loss, chunk, logits_dtype)
     scale_N = counts_N / (counts_N.sum().clamp(min=1) if reduction == "mean" else 1.0)
-    want = torch.is_grad_enabled() and (hidden_NH.requires_grad or weight_VH.requires_grad)
+    want = [torch.is_grad_enabled() and tensor.requires_grad for tensor in (hidden_NH, weight_VH)]
     return _op(hidden_NH, weight_VH, target_NS, share_NS, scale_N.float(), z_loss, chunk, logits_dtype, want)[0]
 
 
@@ -76,39 +78,29 @@ def forward_backward_cost(N: int, V: int, H: int, chunk: int, element: int = 2) 
     return Cost(read, N * H * element + 4 * V * H * chunks + (4 + element) * N * V, 6.0 * N * H * V)
 
 
-def sweep(hidden_NH: Tensor, weight_VH: Tensor, target_NS: Tensor, share_NS: Tensor, scale_N: Tensor | None,
-          z_loss: float, chunk: int, logits_dtype: str) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Loss [N]; and with `scale_N`, the gradient that arrives at each row's loss: dH, and dW in fp32."""
+def sweep(hidden_NH: Tensor, weight_VH: Tensor, target_NS: Tensor, share_NS: Tensor, scale_N: Tensor, z_loss: float,
+          chunk: int, logits_dtype: str, want: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss [N]; and where `want` says so, dH, and dW in fp32 (else empty).
+
+    `scale_N` is what arrives at each row's loss; it is not looked at where no gradient is wanted.
+    """
     dtype, losses = DTYPES[logits_dtype], []
-    dH_NH = hidden_NH.new_empty(hidden_NH.shape) if scale_N is not None else None  # contiguous, as the fakes say
-    dW_VH = weight_VH.new_zeros(weight_VH.shape, dtype=torch.float32) if scale_N is not None else None
+    dH_NH = hidden_NH.new_empty(hidden_NH.shape if want[0] else 0)  # contiguous, as the fakes say
+    dW_VH = weight_VH.new_zeros(weight_VH.shape if want[1] else 0, dtype=torch.float32)
     for start in range(0, hidden_NH.shape[0], chunk):
         rows = slice(start, start + chunk)
         hidden_CH, labels = hidden_NH[rows], (target_NS[rows], share_NS[rows])
         logits_CV = product(hidden_CH, weight_VH.T, dtype)
         loss_C, lse_C = launch_forward(logits_CV, *labels, z_loss)
         losses.append(loss_C)
-        if scale_N is not None:
+        if any(want):
             G_CV = logits_CV if dtype == hidden_NH.dtype else torch.empty_like(logits_CV, dtype=hidden_NH.dtype)
             launch_backward(scale_N[rows], torch.zeros_like(lse_C), logits_CV, *labels, lse_C, z_loss, G_CV)
-            dH_NH[rows] = product(G_CV, weight_VH, hidden_NH.dtype)
-            add_product(dW_VH, G_CV.T, hidden_CH)
+            if want[0]:
+                dH_NH[rows] = product(G_CV, weight_VH, hidden_NH.dtype)
+            if want[1]:
+                add_product(dW_VH, G_CV.T, hidden_CH)
     return torch.cat(losses) if losses else hidden_NH.new_zeros(0, dtype=torch.float32), dH_NH, dW_VH
-
-
-def product(a: Tensor, b: Tensor, dtype: torch.dtype) -> Tensor:
-    """a @ b summed in fp32 and returned in `dtype`. Only a GPU multiplies bf16 into fp32; a CPU converts first."""
-    if dtype == a.dtype:
-        return a @ b
-    return torch.mm(a, b, out_dtype=dtype) if a.device.type == "cuda" else (a.float() @ b.float()).to(dtype)
-
-
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """total += a @ b in fp32, whatever the dtype of a and b."""
-    if a.device.type == "cuda" and a.dtype != torch.float32:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)
-    else:
-        total.addmm_(a.float(), b.float())
 
 
 @triton.jit
@@ -129,11 +121,10 @@ def launch_scale(x: Tensor, factor: Tensor) -> None:
 
 @torch.library.custom_op("labkit::linear_cross_entropy", mutates_args=())
 def _op(hidden_NH: Tensor, weight_VH: Tensor, target_NS: Tensor, share_NS: Tensor, scale_N: Tensor, z_loss: float,
-        chunk: int, logits_dtype: str, want: bool) -> tuple[Tensor, Tensor, Tensor]:
-    loss_N, dH_NH, dW_VH = sweep(hidden_NH, weight_VH, target_NS.contiguous(), share_NS.contiguous(),
-                                 scale_N if want else None, z_loss, chunk, logits_dtype)
-    loss = loss_N @ scale_N
-    return (loss, dH_NH, dW_VH.to(weight_VH.dtype)) if want else (loss, hidden_NH.new_empty(0), hidden_NH.new_empty(0))
+        chunk: int, logits_dtype: str, want: list[bool]) -> tuple[Tensor, Tensor, Tensor]:
+    loss_N, dH_NH, dW_VH = sweep(hidden_NH, weight_VH, target_NS.contiguous(), share_NS.contiguous(), scale_N, z_loss,
+                                 chunk, logits_dtype, want)
+    return loss_N @ scale_N, dH_NH, dW_VH.to(weight_VH.dtype)
 
 
 @torch.library.custom_op("labkit::scale_gradient_", mutates_args={"gradient"})
@@ -144,22 +135,21 @@ def _scale_op(gradient: Tensor, factor: Tensor) -> None:
 @torch.library.custom_op("labkit::linear_cross_entropy_rows", mutates_args=())
 def _rowwise_op(hidden_NH: Tensor, weight_VH: Tensor, target_NS: Tensor, share_NS: Tensor, z_loss: float, chunk: int,
                 logits_dtype: str) -> Tensor:
-    return sweep(hidden_NH, weight_VH, target_NS.contiguous(), share_NS.contiguous(), None, z_loss, chunk,
-                 logits_dtype)[0]
+    return sweep(hidden_NH, weight_VH, target_NS.contiguous(), share_NS.contiguous(), hidden_NH, z_loss, chunk,
+                 logits_dtype, [False, False])[0]
 
 
 @torch.library.custom_op("labkit::linear_cross_entropy_rows_backward", mutates_args=())
 def _rowwise_backward_op(grad_N: Tensor, hidden_NH: Tensor, weight_VH: Tensor, target_NS: Tensor, share_NS: Tensor,
-                         z_loss: float, chunk: int, logits_dtype: str) -> tuple[Tensor, Tensor]:
+                         z_loss: float, chunk: int, logits_dtype: str, want: list[bool]) -> tuple[Tensor, Tensor]:
     _, dH_NH, dW_VH = sweep(hidden_NH, weight_VH, target_NS.contiguous(), share_NS.contiguous(), grad_N.contiguous(),
-                            z_loss, chunk, logits_dtype)
+                            z_loss, chunk, logits_dtype, want)
     return dH_NH, dW_VH.to(weight_VH.dtype)
 
 
 @_op.register_fake
 def _(hidden_NH, weight_VH, target_NS, share_NS, scale_N, z_loss, chunk, logits_dtype, want):
-    shapes = (hidden_NH.shape, weight_VH.shape) if want else (0, 0)
-    return hidden_NH.new_empty((), dtype=torch.float32), *map(hidden_NH.new_empty, shapes)
+    return hidden_NH.new_empty((), dtype=torch.float32), *_gradients_like(hidden_NH, weight_VH, want)
 
 
 @_scale_op.register_fake
@@ -174,11 +164,17 @@ def _(hidden_NH, *arguments):
 
 @_rowwise_backward_op.register_fake
 def _(grad_N, hidden_NH, weight_VH, *arguments):
-    return hidden_NH.new_empty(hidden_NH.shape), weight_VH.new_empty(weight_VH.shape)
+    return _gradients_like(hidden_NH, weight_VH, arguments[-1])
+
+
+def _gradients_like(hidden_NH: Tensor, weight_VH: Tensor, want: list[bool]) -> tuple[Tensor, Tensor]:
+    return tuple(x.new_empty(x.shape if wanted else 0)
+                 for x, wanted in zip((hidden_NH, weight_VH), want, strict=True))
 
 
 def _save(ctx, inputs, output):
     ctx.save_for_backward(*output[1:])
+    ctx.want = inputs[-1]
 
 
 def _backward(ctx, grad_loss, *_):
@@ -186,7 +182,7 @@ def _backward(ctx, grad_loss, *_):
     gradients = [gradient.detach() for gradient in ctx.saved_tensors]
     for gradient in gradients:
         _scale_op(gradient, grad_loss)
-    return *gradients, *[None] * 7
+    return *(gradient if want else None for gradient, want in zip(gradients, ctx.want, strict=True)), *[None] * 7
 
 
 def _save_rowwise(ctx, inputs, output):
@@ -195,8 +191,9 @@ def _save_rowwise(ctx, inputs, output):
 
 
 def _rowwise_backward(ctx, grad_N):
-    gradients = _rowwise_backward_op(grad_N, *ctx.saved_tensors, ctx.z_loss, ctx.chunk, ctx.logits_dtype)
-    return *gradients, *[None] * 5
+    want = list(ctx.needs_input_grad[:2])
+    gradients = _rowwise_backward_op(grad_N, *ctx.saved_tensors, ctx.z_loss, ctx.chunk, ctx.logits_dtype, want)
+    return *(gradient if wanted else None for gradient, wanted in zip(gradients, want, strict=True)), *[None] * 5
 
 
 _op.register_autograd(_backward, setup_context=_save)

@@ -18,16 +18,26 @@ import torch
 from torch import Tensor
 
 from labkit.errors import LabError
-from labkit.kernels.checks import check_devices, check_finite, check_float, check_ids, check_kernel_dtype, check_shape
+from labkit.kernels.checks import (
+    check_devices,
+    check_float,
+    check_ids,
+    check_kernel_dtype,
+    check_shape,
+    check_temperature,
+)
 from labkit.kernels.configs import Row, settings_for
 from labkit.kernels.cost import Cost
 from labkit.kernels.dispatch import choose
 from labkit.kernels.language import tl, triton
 from labkit.kernels.layout import dense_rows
+from labkit.kernels.products import product
 
 SETTINGS = [
     Row("any", 1024, {"BLOCK_V": 1024, "num_warps": 4}),
     Row("any", float("inf"), {"BLOCK_V": 4096, "num_warps": 8}),
+    Row("any", float("inf"), {"BLOCK_V": 2048, "num_warps": 4}),  # this one and the next only if LABKIT_AUTOTUNE asks
+    Row("any", float("inf"), {"BLOCK_V": 8192, "num_warps": 16}),
 ]
 
 
@@ -57,7 +67,8 @@ def linear_token_logprob(hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, *,
                          ignore_index: int = -100, chunk: int = 2048, impl: str = "auto") -> tuple[Tensor, ...]:
     """`token_logprob(hidden @ weight.T, ids)` for `chunk` rows at a time: how old and reference policies are scored.
 
-    Without a gradient, so only one chunk of logits exists: chunk * V * e bytes in place of N * V * e.
+    Without a gradient, so only one chunk of logits exists, chunk * V * 4 bytes. They are kept in fp32: a bf16 logit
+    near 16 is off by up to 0.03, and a ratio of policies is the exponential of a difference of two.
     """
     check_shape("hidden_NH", hidden_NH, (None, None), "[N, H]")
     check_shape("weight_VH", weight_VH, (None, hidden_NH.shape[1]), "[V, H]")
@@ -67,7 +78,12 @@ def linear_token_logprob(hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, *,
         raise LabError(f"hidden_NH is {hidden_NH.dtype} and weight_VH is {weight_VH.dtype}.", "Give both one dtype.")
     if chunk < 1:
         raise LabError(f"A chunk of {chunk} rows holds nothing.", "Use a chunk of 1 or more.")
-    parts = [token_logprob(rows @ weight_VH.T, ids, temperature=temperature, ignore_index=ignore_index, impl=impl)
+    dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
+
+    def logits_of(rows: Tensor) -> Tensor:
+        return product(rows, weight_VH.T, dtype)
+
+    parts = [token_logprob(logits_of(rows), ids, temperature=temperature, ignore_index=ignore_index, impl=impl)
              for rows, ids in zip(hidden_NH.split(chunk), ids_N.split(chunk), strict=True)]
     return tuple(torch.cat(column) for column in zip(*parts, strict=True))
 
@@ -150,8 +166,11 @@ def launch_forward(logits_NV: Tensor, ids_N: Tensor, temperature: float,
     N, V = logits_NV.shape
     out = tuple(torch.empty(N, dtype=torch.float32, device=logits_NV.device) for _ in range(3))
     if N:
-        _forward_kernel[(N,)](logits_NV, ids_N, *out, V, logits_NV.stride(0), 1 / temperature, ignore_index,
-                              **settings_for("token_logprob", SETTINGS, V, logits_NV.device))
+        def launch(settings):
+            _forward_kernel[(N,)](logits_NV, ids_N, *out, V, logits_NV.stride(0), 1 / temperature, ignore_index,
+                                  **settings)
+
+        launch(settings_for("token_logprob", SETTINGS, V, logits_NV.device, launch))
     return out
 
 
@@ -161,10 +180,12 @@ def launch_backward(logits_NV: Tensor, ids_N: Tensor, entropy_N: Tensor, lse_N: 
     N, V = logits_NV.shape
     out_NV = torch.empty(N, V, dtype=logits_NV.dtype, device=logits_NV.device)
     if N:
-        settings = settings_for("token_logprob", SETTINGS, V, logits_NV.device)
-        _backward_kernel[(N, -(-V // settings["BLOCK_V"]))](
-            logits_NV, ids_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, grad_lse_N, out_NV, V,
-            logits_NV.stride(0), 1 / temperature, ignore_index, **settings)
+        def launch(settings):
+            _backward_kernel[(N, -(-V // settings["BLOCK_V"]))](
+                logits_NV, ids_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, grad_lse_N, out_NV, V,
+                logits_NV.stride(0), 1 / temperature, ignore_index, **settings)
+
+        launch(settings_for("token_logprob", SETTINGS, V, logits_NV.device, launch))
     return out_NV
 
 
@@ -208,9 +229,6 @@ def _check(logits_NV: Tensor, ids_N: Tensor, temperature: float) -> None:
     check_shape("ids_N", ids_N, (logits_NV.shape[0],), "[N]")
     check_float("logits_NV", logits_NV)
     check_devices(logits_NV=logits_NV, ids_N=ids_N)
-    check_finite("temperature", temperature)
-    if temperature <= 0:
-        raise LabError(f"A temperature of {temperature} is not above 0.",
-                       "Use a small one such as 0.01 for nearly greedy probabilities.")
+    check_temperature(temperature)
     if not logits_NV.shape[1]:
         raise LabError("The logits have no vocabulary: V is 0.", "Pass logits [N, V] with V of 1 or more.")

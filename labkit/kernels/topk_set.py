@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 
 from labkit.errors import LabError
-from labkit.kernels.checks import check_finite, check_float, check_ids, check_kernel_dtype, check_shape
+from labkit.kernels.checks import check_float, check_ids, check_kernel_dtype, check_shape, check_temperature
 from labkit.kernels.configs import Row, settings_for
 from labkit.kernels.dispatch import choose
 from labkit.kernels.language import tl, triton
@@ -251,6 +251,4 @@ def check_set(N: int, V: int, ids_NK: Tensor, logp_NK: Tensor, mode: str, direct
         raise LabError(f"There is no mode {mode!r}.", 'Choose "renorm", "tail" or "none".')
     if direction not in ("reverse", "forward"):
         raise LabError(f"There is no direction {direction!r}.", 'Choose "reverse" or "forward".')
-    check_finite("temperature", temperature)
-    if temperature <= 0:
-        raise LabError(f"A temperature of {temperature} is not above 0.", "Use a small one such as 0.01.")
+    check_temperature(temperature)

@@ -99,9 +99,14 @@ class Contest:
         entrants = {OURS: self.ours, AGAIN: self.ours} | self.entrants(direction)
         clock = GpuClock(self.plan.device, self.benchmark.as_called) if self.on_gpu else CpuClock()
         calls = {name: self.calls(entrant, direction) for name, entrant in entrants.items()}
-        timings = compare(calls, clock, seconds=self.plan.seconds, seed=self.plan.seed)
-        rows = {name: self.row(name, entrant, direction, timings[name], calls[name][0], clock)
-                for name, entrant in entrants.items() if name != AGAIN}
+        failed: dict[str, Exception] = {}
+        timings = compare(calls, clock, seconds=self.plan.seconds, seed=self.plan.seed, failed=failed)
+        for name, error in failed.items():
+            if entrants[name] is self.ours:
+                raise error
+            self.skip(name, entrants[name].peer, direction, error)
+        rows = {name: self.row(name, entrants[name], direction, timings[name], calls[name][0], clock)
+                for name in timings if name != AGAIN}
         ours = rows[OURS]
         self_ratio = ratio(timings[OURS], timings[AGAIN], self.plan.seed)
         ours["ratio_vs"] = {OURS: self_ratio} | {
@@ -127,11 +132,15 @@ class Contest:
             try:
                 found[name] = self.entrant(name, peer, direction)
             except Exception as error:  # a rival that does not run here must not stop ours
-                self.skipped.append({"op": self.benchmark.op, "impl": name, "direction": direction,
-                                     "version": version(peer.package), "reason": sentence(error)})
+                self.skip(name, peer, direction, error)
                 if self.on_gpu:
                     torch.cuda.empty_cache()
         return found
+
+    def skip(self, name: str, peer: Peer, direction: str, error: Exception) -> None:
+        """Say why a peer did not take part."""
+        self.skipped.append({"op": self.benchmark.op, "impl": name, "direction": direction,
+                             "version": version(peer.package), "reason": sentence(error)})
 
     def entrant(self, name: str, peer: Peer, direction: str) -> Entrant:
         """Make the peer, run it once (which compiles it), and compare its result with ours."""
@@ -142,11 +151,12 @@ class Contest:
             sets = [{key: copy_of(tensor) if key in peer.overwrites else tensor for key, tensor in each.items()}
                     for each in sets]
         entrant = Entrant(peer.make(), sets, peer)
+        entrant.compile_s = self.seconds_of(self.bound(entrant, sets[0], direction, self.upstream))
         if not peer.yardstick:
-            result = outputs(self.without_grad(entrant, sets[0]))
+            inputs = self.ours.sets[0] | {key: copy_of(self.ours.sets[0][key]) for key in peer.overwrites}
+            result = outputs(self.without_grad(entrant, inputs))
             if all(a.shape == b.shape for a, b in zip(result, self.result, strict=False)):
                 entrant.max_err = max(map(relative_error, result, self.result))
-        entrant.compile_s = self.seconds_of(self.bound(entrant, sets[0], direction, self.upstream))
         return entrant
 
     def given(self, inputs: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -3,7 +3,7 @@
     floor         floor time / measured time >= value          floor: bytes or FLOPs over the ceilings of this run
     ratio         time of a peer / time of ours >= value
     memory        peak memory of ours / a peer's <= value
-    milliseconds  time of ours <= value
+    milliseconds  time of ours <= value, on the GPU alone where it was timed as it is called
 """
 
 from typing import NamedTuple
@@ -40,7 +40,7 @@ class Target(NamedTuple):
         if self.kind == "floor":
             return row["fraction_of_floor"]
         if self.kind == "milliseconds":
-            return row["time_ms"]["p50"]
+            return row["device_ms"] if row["method"] == "as called" else row["time_ms"]["p50"]
         if self.kind == "ratio":
             return row["ratio_vs"].get(self.peer, {}).get("p50")
         theirs = peers.get(self.peer, {}).get("peak_bytes")

@@ -60,16 +60,24 @@ def noise_floor(self_ratio: Mapping[str, float]) -> float:
 
 
 def compare(calls: Mapping[str, Sequence[Call]], clock: "CpuClock | GpuClock", *, seconds: float = 2.0,
-            seed: int = 0) -> dict[str, Timing]:
+            seed: int = 0, failed: dict[str, Exception] | None = None) -> dict[str, Timing]:
     """Time all implementations, interleaved.
 
     Args:
         calls: for each name one call per set of inputs.
         seconds: for all rounds together; at least 20 rounds are made, or 5 where 20 would take three times as long.
+        failed: with it, an implementation that does not get through its warm-up is left out, and its error put here.
     """
-    windows = {name: clock.window(sets) for name, sets in calls.items()}
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    order, names = np.random.default_rng(seed), list(calls)
+    windows = {}
+    for name, sets in calls.items():
+        try:
+            windows[name] = clock.window(sets)
+        except Exception as error:
+            if failed is None:
+                raise
+            failed[name] = error
+    times: dict[str, list[float]] = {name: [] for name in windows}
+    order, names = np.random.default_rng(seed), list(windows)
     start = clock.now()
     for done in itertools.count(1):
         for i in order.permutation(len(names)):
@@ -148,8 +156,9 @@ class GpuClock:
         host = host_seconds(turn, self)
         one = self.events(turn, 3, host)
         if one < GRAPH_BELOW and not self.as_called and never_waits(calls[0]):
-            graph, count = graph_of(calls)
-            return Window(lambda: self.events(itertools.repeat(graph.replay), 1, 0.0) / count, "graph")
+            with contextlib.suppress(RuntimeError):  # what cannot be captured is timed as a longer call is
+                graph, count = graph_of(calls)
+                return Window(lambda: self.events(itertools.repeat(graph.replay), 1, 0.0) / count, "graph")
         count = max(1, math.ceil(WINDOW / one))
         ahead = 0.0 if self.as_called else host + count * max(0.0, host - one)
         return Window(lambda: self.events(turn, count, ahead), "as called" if self.as_called else "events")

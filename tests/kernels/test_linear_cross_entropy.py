@@ -100,7 +100,7 @@ def test_transposed_bags(reduction):
 def test_gradients_lie_as_the_fakes_say():
     """Contiguous, also for transposed hidden states and head: a compiled program relies on it."""
     _, dH_NH, dW_VH = k3.sweep(normal(8, 3).t(), normal(8, 7).t(), ids(3, 1, V=7), torch.ones(3, 1), torch.ones(3), 0.0,
-                               2, "fp32")
+                               2, "fp32", [True, True])
     assert dH_NH.is_contiguous() and dW_VH.is_contiguous()
 
 
@@ -202,11 +202,14 @@ def test_tied_embeddings():
 
 @pytest.mark.parametrize("trained", ["hidden_NH", "weight_VH"])
 def test_one_of_the_two_is_frozen(trained):
-    """A frozen head or frozen hidden states: the other's gradient is as with both, and it ends the graph."""
+    """A frozen head or frozen hidden states: the other's gradient is as with both, ends the graph, and is all that is
+    made (dW is fp32 [V, H], the largest tensor here)."""
     tensors = {"hidden_NH": normal(5, 8), "weight_VH": normal(70, 8)}
     both = gate.run(kernels.linear_cross_entropy, tensors | {"target": ids(5)}, {"chunk": 2}, list(tensors))
     tensors[trained].requires_grad_()
-    loss = kernels.linear_cross_entropy(**tensors, target=ids(5), chunk=2)
+    with gate.largest_allocation() as largest:
+        loss = kernels.linear_cross_entropy(**tensors, target=ids(5), chunk=2)
+    assert largest() == 4 * 70 * (8 if trained == "weight_VH" else 2)
     gradient, = torch.autograd.grad(loss, tensors[trained], gate.upstream_for([loss], 0))
     assert torch.equal(gradient, both[f"grad_{trained}"]) and gradient.grad_fn is None
 
@@ -264,8 +267,8 @@ def test_traffic(dtype):
     hidden_NH, weight_VH = normal(N, H).to(dtype), normal(V, H).to(dtype)
     cost = k2.forward_cost(N, V, S, 4).plus(k2.backward_cost(N, V, S, 4))
     cost = cost._replace(written=8 * N + N * V * dtype.itemsize)
-    gate.check_traffic(lambda: k3.sweep(hidden_NH, weight_VH, ids(N, S, V=V), share_NS, torch.ones(N), 0.0, 2, "fp32"),
-                       cost)
+    gate.check_traffic(lambda: k3.sweep(hidden_NH, weight_VH, ids(N, S, V=V), share_NS, torch.ones(N), 0.0, 2, "fp32",
+                                        [True, True]), cost)
 
 
 def test_cost_of_a_step():
@@ -358,7 +361,7 @@ def test_opcheck():
     opcheck(k3._rowwise_op, (*tensors, 0.01, 2, "fp32"))
     # not AOT dispatch: it uses dH and dW as results of the op, while the public function keeps them for the backward,
     # which overwrites them; test_compiled_without_a_graph_break covers what AOT makes of it
-    opcheck(k3._op, (*tensors, torch.ones(3), 0.01, 2, "fp32", True),
+    opcheck(k3._op, (*tensors, torch.ones(3), 0.01, 2, "fp32", [True, True]),
             test_utils=("test_schema", "test_autograd_registration", "test_faketensor"))
 
 
