@@ -57,15 +57,15 @@ def test_the_check_sees_a_wrong_result_and_a_wrong_gradient():
 
 
 def test_every_kernel_finds_its_compiled_cases():
-    """Each direction with a kernel names a case of the compile gate, as far as the gate has cases of that op."""
+    """Each case that is named exists in the compile gate, and each direction has one."""
     sys.path.insert(0, str(Path(__file__).parent / "kernels"))
     try:
-        names = list(importlib.import_module("compile_cases").CASES)
+        names = set(importlib.import_module("compile_cases").CASES)
     finally:
         sys.path.pop(0)
     for op, benchmark in BENCHMARKS.items():
-        if any(name.startswith(f"{op} ") for name in names):
-            assert all(not_timed.cases_of(benchmark, each, names) for each in not_timed.directions(benchmark)), op
+        assert set(benchmark.cases) <= names, op
+        assert all(not_timed.cases_of(benchmark, each, names) for each in not_timed.directions(benchmark)), op
 
 
 def test_inputs_look_like_training():
@@ -115,13 +115,13 @@ def test_a_report_has_every_key(run):
 
 def test_planted_peers_are_judged(run, monkeypatch):
     """One that is much slower, one that is much faster, one that breaks, and one that writes over its inputs."""
-    seen = []
+    given = []
 
     def eats(x, weight_D):
-        seen.append(float(x.detach().abs().sum()))
-        return weight_D * x.detach().zero_().sum()  # the sum, so that there is a gradient
+        return weight_D * x.zero_().sum()
 
     def slow(x, weight_D):
+        given.append(float(x.abs().sum()))
         for _ in range(60):
             y = kernels.rms_norm(x, weight_D)
         return y
@@ -142,9 +142,7 @@ def test_planted_peers_are_judged(run, monkeypatch):
         ("broken", "ImportError: no such package")]
     differs = next(row for row in report["rows"] if row["impl"] == "fast")
     assert "differs from ours" in differs["note"]
-    assert seen[0] > 0 and ours["max_err"] < 1e-5
-    again = next(row for row in run("rms_norm")["rows"] if row["impl"] == "ours")
-    assert again["max_err"] == ours["max_err"]  # what one peer writes over is its own
+    assert len(given) > 5 and len(set(given)) == 1 and given[0] > 0  # what one peer writes over is its own
 
 
 def test_one_failure_is_recorded_and_the_rest_goes_on(run, monkeypatch):

@@ -25,6 +25,7 @@ def remarks(report: dict, file: Path | None = None) -> list[str]:
     said = list(dict.fromkeys(f"{each['op']}: {each['impl']} skipped: {each['reason']}" for each in report["skipped"]))
     if not header["timed"]:
         rates = header["cpu_ceilings"]
+        said += [f"{row['op']}, {row['direction']}: {row['note']}." for row in report["rows"] if row["note"]]
         said += header["left_out"]
         said.append(f"This CPU copies {rates['copy']['median'] / 1e9:.1f} GB/s and multiplies "
                     f"{rates['matmul']['median'] / 1e9:.1f} GFLOP/s ({rates['dtype']}, {rates['threads']} threads).")
@@ -57,9 +58,9 @@ def _predicted(row: dict) -> list[str]:
 
 
 def _resources(row: dict) -> list[str]:
-    """One line a kernel and arch, like "sm_90 _forward_kernel 32, 0, 100%"."""
-    return [f"{arch} {each['kernel']} {each['registers']}, {each['spill_bytes']}, {each['occupancy']:.0%}"
-            for arch, kernels in row["compiled"].items() for each in kernels]
+    """One line an arch, like "sm_90: 66, 0, 38%": the most registers, all spilled bytes, the lowest occupancy."""
+    return [f"{arch}: {max(each['registers'] for each in kernels)}, {sum(each['spill_bytes'] for each in kernels)}, "
+            f"{min(each['occupancy'] for each in kernels):.0%}" for arch, kernels in row["compiled"].items() if kernels]
 
 
 def milliseconds(value: float) -> str:

@@ -37,7 +37,7 @@ class Benchmark:
     check_rows: int | None = 64  # rows whose result is compared; None compares the whole
     tolerance: float = 4e-3  # norm of the error over norm of the result, in bf16
     targets: tuple[Target, ...] = ()
-    cases: dict[str, str] = field(default_factory=dict)  # direction -> case of tests/kernels/compile_cases, if not op's
+    cases: tuple[str, ...] = ()  # names in tests/kernels/compile_cases, which end in "forward" or "backward"
     as_called: bool = False  # so small that the launches decide: timed as a program sees it
     uncounted: str = ""  # why the interpreter cannot count its bytes
     count_notes: dict[str, str] = field(default_factory=dict)  # direction -> why the count is not the formula
@@ -124,6 +124,10 @@ def _attention(g, dtype, B, H, T, D):
     return {name: draw.normal(g, B, H, T, D, dtype=dtype) for name in ("q_BHTD", "k_BJUD", "v_BJUD")}
 
 
+def _both_ways(case: str) -> tuple[str, str]:
+    return f"{case} forward", f"{case} backward"
+
+
 def _scoring_cost(e: int, N: int, V: int, H: int) -> Cost:
     """The product (head once for each 2,048 rows, logits out) and K4's pass over the logits."""
     product = Cost(N * H * e + -(-N // 2048) * V * H * e, N * V * e, 2.0 * N * V * H)
@@ -150,66 +154,71 @@ SMALL_HEAD = {"N": 32, "V": 1003, "H": 64}
 BENCHMARKS = {benchmark.op: benchmark for benchmark in (
     Benchmark("rms_norm", {"N": N, "D": 4096}, {"N": 37, "D": 300}, _rms_norm,
               lambda impl, x, weight_D: kernels.rms_norm(x, weight_D, impl=impl), _costs("rms_norm", _same, _same),
-              ("x", "weight_D"), {"x": 0}, targets=(Target("floor", 0.85, FORWARD), Target("floor", 0.85, BOTH))),
+              ("x", "weight_D"), {"x": 0}, targets=(Target("floor", 0.85, FORWARD), Target("floor", 0.85, BOTH)),
+              cases=_both_ways("rms_norm D=4096")),
     Benchmark("qk_norm", {"N": N, "Hq": 32, "Hk": 8, "D": 128}, {"N": 20, "Hq": 4, "Hk": 2, "D": 64}, _qk_norm,
               lambda impl, q_NHD, k_NHD, weight_q_D, weight_k_D: kernels.qk_norm(
                   q_NHD, k_NHD, weight_q_D, weight_k_D, impl=impl),
               _costs("qk_norm", _same, _same), ("q_NHD", "k_NHD", "weight_q_D", "weight_k_D"),
-              {"q_NHD": 0, "k_NHD": 0}, targets=(Target("floor", 0.85, FORWARD),)),
+              {"q_NHD": 0, "k_NHD": 0}, targets=(Target("floor", 0.85, FORWARD),), cases=_both_ways("qk_norm D=128")),
     Benchmark("cross_entropy", {"N": N, "V": V}, {"N": 12, "V": 5003}, _logits("target"),
               lambda impl, logits_NV, target: kernels.cross_entropy(logits_NV, target, impl=impl)[0],
               _costs("cross_entropy", _same, _same), ("logits_NV",), {"logits_NV": 0, "target": 0},
-              targets=(Target("floor", 0.85, FORWARD), Target("floor", 0.85, BOTH))),
+              targets=(Target("floor", 0.85, FORWARD), Target("floor", 0.85, BOTH)),
+              cases=_both_ways("cross_entropy")),
     Benchmark("linear_cross_entropy", HEAD, SMALL_HEAD, _head("target"),
               lambda impl, hidden_NH, weight_VH, target: kernels.linear_cross_entropy(
                   hidden_NH, weight_VH, target, impl=impl), {BOTH: _lce_cost}, ("hidden_NH", "weight_VH"),
               {"hidden_NH": 0, "target": 0}, uncounted=PRODUCTS,
               targets=(Target("floor", 0.80, BOTH), Target("memory", 0.15, BOTH, "eager", why=SUMS)),
-              cases={BOTH: "cross_entropy"}),
+              cases=_both_ways("cross_entropy")),
     Benchmark("token_logprob", {"N": N, "V": V}, {"N": 12, "V": 5003}, _logits("ids_N"),
               lambda impl, logits_NV, ids_N: kernels.token_logprob(logits_NV, ids_N, impl=impl)[0],
               _costs("token_logprob", _same, _same), ("logits_NV",), {"logits_NV": 0, "ids_N": 0},
-              targets=(Target("floor", 0.90, FORWARD),)),
+              targets=(Target("floor", 0.90, FORWARD),), cases=_both_ways("token_logprob")),
     Benchmark("linear_token_logprob", HEAD, SMALL_HEAD, _head("ids_N"),
               lambda impl, hidden_NH, weight_VH, ids_N: kernels.linear_token_logprob(
                   hidden_NH, weight_VH, ids_N, impl=impl)[0], {FORWARD: _scoring_cost}, (),
               {"hidden_NH": 0, "ids_N": 0}, uncounted=PRODUCTS, targets=(Target("floor", 0.80, FORWARD),),
               tolerance=1e-2,  # its logits are rounded to bf16
-              cases={FORWARD: "token_logprob"}),
+              cases=("token_logprob forward",)),
     Benchmark("holder_objective", {"B": 256, "T": 1024}, {"B": 8, "T": 300}, _holder,
               lambda impl, logp, old_logp, advantage_B, mask: kernels.holder_objective(
                   logp, old_logp, advantage_B, None, 0.5, mask=mask, impl=impl)[0],
               {FORWARD: lambda e, B, T: _module("holder_objective").forward_cost(B * T, B, element=4, mask=True),
                BACKWARD: lambda e, B, T: _module("holder_objective").backward_cost(B * T, B, element=4, mask=True)},
               ("logp",), check_rows=None, as_called=True,
-              targets=(Target("ratio", 5.0, BOTH, "official form"), Target("milliseconds", 0.010, FORWARD))),
+              targets=(Target("ratio", 5.0, BOTH, "official form"), Target("milliseconds", 0.010, FORWARD)),
+              cases=_both_ways("holder_objective sequence padded, a p each")),
     Benchmark("topk_kl", {"N": N, "V": V, "K": K}, {"N": 8, "V": 5003, "K": 16}, _topk,
               lambda impl, **x: kernels.topk_kl(**x, mass=False, impl=impl)[0],
               _costs("topk_kl", lambda **sizes: sizes | {"mass": False}, _same), ("student_logits_NV",),
               {"student_logits_NV": 0, "teacher_ids_NK": 0, "teacher_logp_NK": 0},
               targets=(Target("ratio", 1 / 1.2, BOTH, "zero fill"),),
-              cases={FORWARD: "topk_kl renorm reverse", BACKWARD: "topk_kl dense"},
+              cases=("topk_kl renorm reverse forward", "topk_kl dense backward"),
               count_notes={BACKWARD: "the fill with zeros is torch's, which the interpreter does not see"}),
     Benchmark("topk_kl_gradient", {"N": N, "V": V, "K": K}, {"N": 8, "V": 5003, "K": 16}, _topk,
               lambda impl, **x: kernels.topk_kl_gradient(**x, impl=impl)[1],
               {FORWARD: lambda e, **sizes: _module("topk_kl").forward_cost(**sizes, mass=False, element=e)}, (),
               {"student_logits_NV": 0, "teacher_ids_NK": 0, "teacher_logp_NK": 0},
-              targets=(Target("milliseconds", 0.020, FORWARD),), cases={FORWARD: "topk_kl renorm reverse"}),
+              targets=(Target("milliseconds", 0.020, FORWARD),), cases=("topk_kl renorm reverse forward",)),
     Benchmark("sparse_head_topk_kl", {**HEAD, "K": K}, {"N": 24, "V": 503, "H": 96, "K": 16}, _sparse_head,
               lambda impl, **x: kernels.sparse_head_topk_kl(**x, impl=impl),
               _costs("sparse_head_topk_kl", _same, _same), ("hidden_NH", "weight_VH"),
               {"hidden_NH": 0, "teacher_ids_NK": 0, "teacher_logp_NK": 0},
               targets=(Target("ratio", 5.0, BOTH, "dense head + topk_kl"), Target("floor", 0.6, BOTH)),
-              cases={FORWARD: "sparse_head_topk_kl K=64"}),
+              cases=("sparse_head_topk_kl K=64 forward", "sparse_head_topk_kl hidden backward",
+                     "bag_embedding backward")),
     Benchmark("bag_embedding", {"R": 4096, "S": 8, "D": 4096, "V": V}, {"R": 40, "S": 6, "D": 130, "V": 101}, _bags,
               lambda impl, ids, weight_VD: kernels.bag_embedding(ids, weight_VD, impl=impl),
               _costs("bag_embedding", lambda R, S, D, V: {"R": R, "S": S, "D": D}, _same), ("weight_VD",), {"ids": 0},
-              targets=(Target("floor", 0.85, FORWARD), Target("ratio", 2.0, BOTH, "F.embedding_bag"))),
+              targets=(Target("floor", 0.85, FORWARD), Target("ratio", 2.0, BOTH, "F.embedding_bag")),
+              cases=_both_ways("bag_embedding")),
     Benchmark("flash_attention", {"B": 1, "H": 32, "T": 8192, "D": 128}, {"B": 1, "H": 2, "T": 150, "D": 64},
               _attention, lambda impl, **x: kernels.flash_attention(**x, impl=impl)[0],
               _costs("flash_attention", lambda **s: _attention_sizes(**s), lambda **s: _attention_sizes(**s)),
               ("q_BHTD", "k_BJUD", "v_BJUD"), {"q_BHTD": 1, "k_BJUD": 1, "v_BJUD": 1}, check_rows=2, tolerance=1e-2,
               targets=(Target("ratio", 0.9, FORWARD, "SDPA, flash", arch="sm_120"),
                        Target("ratio", 0.75, FORWARD, "SDPA, cuDNN", arch="sm_90"), Target("floor", 0.55, FORWARD)),
-              count_notes=dict.fromkeys((FORWARD, BACKWARD), WALKS)),
+              cases=_both_ways("flash_attention D=128"), count_notes=dict.fromkeys((FORWARD, BACKWARD), WALKS)),
 )}

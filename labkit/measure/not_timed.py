@@ -9,6 +9,7 @@ counted           bytes requested in the interpreter, on small tensors, over the
 """
 
 import platform
+from collections.abc import Iterable
 from dataclasses import asdict
 from datetime import UTC, datetime
 from typing import Any
@@ -57,7 +58,7 @@ def directions(benchmark: Benchmark) -> tuple[str, ...]:
 def row(benchmark: Benchmark, direction: str, readings: dict, counted: dict[str, dict]) -> dict[str, Any]:
     """One direction of one op."""
     cost, cards = benchmark.cost(direction, benchmark.sizes, 2), [CARDS[name] for name in SHOWN]
-    cases = cases_of(benchmark, direction, list(readings))
+    cases = cases_of(benchmark, direction, readings)
     compiled = {arch_of(card): [resources(each) for name in cases for each in readings[name].get(arch_of(card), [])]
                 for card in cards}
     judged = {direction} | ({BOTH} if direction == BACKWARD else set())
@@ -83,13 +84,9 @@ def arch_of(card: Card) -> str:
     return f"sm_{round(10 * card.capability.value)}"
 
 
-def cases_of(benchmark: Benchmark, direction: str, names: list[str]) -> list[str]:
-    """The cases of the compile gate that belong to a direction: "<op> forward", or all "<op> ... forward"."""
-    wanted, found = benchmark.cases.get(direction, benchmark.op), []
-    for word in WORDS[direction]:
-        exact = [name for name in names if name == f"{wanted} {word}"]
-        found += exact or [name for name in names if name.startswith(f"{wanted} ") and name.endswith(word)]
-    return found
+def cases_of(benchmark: Benchmark, direction: str, names: Iterable[str]) -> list[str]:
+    """Those of the benchmark's compile cases that belong to a direction and are among `names`."""
+    return [case for case in benchmark.cases if case in names and case.rpartition(" ")[2] in WORDS[direction]]
 
 
 def resources(reading: Reading) -> dict[str, Any]:

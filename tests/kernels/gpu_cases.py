@@ -50,7 +50,7 @@ def error(op: str, inputs: dict[str, Tensor]) -> float:
 
 def step(op: str, inputs: dict[str, Tensor], call: Callable | None = None,
          arrives: tuple[Tensor, ...] | None = None) -> list[Tensor]:
-    """Results and, where there are some, gradients. `arrives` spares drawing random numbers, which no graph captures."""
+    """Results and, where there are some, gradients. `arrives` spares drawing random numbers: no graph captures that."""
     benchmark: Benchmark = BENCHMARKS[op]
     call = call or (lambda **x: benchmark.call("auto", **x))
     with torch.set_grad_enabled(bool(benchmark.wrt)):
