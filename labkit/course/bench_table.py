@@ -1,6 +1,9 @@
 """The report of `labkit bench` as a table: what was measured, or, without a GPU, what is predicted."""
 
+import json
 from pathlib import Path
+
+from labkit.course import results
 
 TIMED = ["op", "direction", "time", "of the floor", "bound", "peers: how many times slower", "target", "note"]
 PREDICTED = ["op", "direction", "MB", "FLOP/byte", "floor and bound: H200", "RTX 5090", "counted / formula",
@@ -17,6 +20,17 @@ def table_of(report: dict) -> tuple[str, list[str], list[list[str]]]:
         return title, TIMED, [_timed(row) for row in report["rows"] if row["impl"] == "ours"]
     title = "Not timed, since there is no GPU: predictions at workstation sizes in bf16, by data-sheet rates"
     return title, PREDICTED, [_predicted(row) for row in report["rows"]]
+
+
+def shipped_times(op: str) -> list[tuple[str, ...]]:
+    """(GPU, direction, floor, median, share of the floor) of `op` in each GPU run that is shipped; none is no error."""
+    rows = []
+    for file in sorted((results.RESULTS / "workstation").glob("*/bench.json")):
+        report = json.loads(file.read_text(encoding="utf-8"))
+        rows += [(report["header"]["device"], row["direction"], milliseconds(row["floor_ms"]),
+                  milliseconds(row["time_ms"]["p50"]), f"{row['fraction_of_floor']:.2f}")
+                 for row in report["rows"] if row["op"] == op and row["impl"] == "ours" and not row["error"]]
+    return rows
 
 
 def remarks(report: dict, file: Path | None = None) -> list[str]:

@@ -27,7 +27,7 @@ from labkit.kernels.layout import rows_by_group
 WIDEST = 8192  # a row is held whole by one program; at 16,384 the backward spills, so wider ones go to the reference
 PARTS = 512  # programs of the backward, each with its own part of dw: about four for each SM of a large GPU
 SETTINGS = [
-    Row("any", 128, {"ROWS": 32, "num_warps": 4}),
+    Row("any", 128, {"ROWS": 32, "num_warps": 8}),
     Row("any", 512, {"ROWS": 8, "num_warps": 4}),
     Row("any", 2048, {"ROWS": 1, "num_warps": 4}),
     Row("any", WIDEST, {"ROWS": 1, "num_warps": 8}),

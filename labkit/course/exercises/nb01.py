@@ -70,14 +70,17 @@ def _registers(answer) -> str | None:
     return None
 
 
-def _break_even(answer) -> str | None:
-    for v, rate, bandwidth in ((151_936, 790e12, 4.3e12), (32_000, 200e12, 1.8e12)):
-        got, right = number(answer(v, rate, bandwidth)), v * bandwidth / rate
+def _speedup(answer) -> str | None:
+    for k, v, rate, bandwidth in ((64, 151_936, 790e12, 4.3e12), (256, 32_000, 200e12, 1.8e12)):
+        got, dense, gather = number(answer(k, v, rate, bandwidth)), v / rate, k / bandwidth
+        right = 3 * dense / (dense + 3 * gather)
         if close(got, right, within=0.01 * right):
             continue
-        if close(got, rate / bandwidth, within=0.01 * rate / bandwidth):
-            return "That is the ridge, F / BW. The dense head's FLOPs grow with V; where is V?"
-        return f"At V={v} you say {got:.4g}. Set 6 N H V / F equal to 3 N K H e / BW with e = 2, and solve for K."
+        if close(got, dense / gather, within=0.01 * dense / gather):
+            return "That is the ratio when the set is known. Here a dense forward pass has to find it first."
+        if close(got, 1 / right, within=0.01 / right):
+            return "Upside down: how many times faster is dense time over the new time."
+        return f"At K={k}, V={v} you say {got:.4g}. Add 2 N H V / rate and 6 N K H / bandwidth; N and H cancel."
     return None
 
 
@@ -126,9 +129,10 @@ CHECKS = {
         wrong=[(lambda warps: 65_536 // (32 * warps), "at most"), (lambda warps: 255, "65,536 registers"),
                (lambda warps: min(256, 65_536 // (32 * warps)), "not 256")]),
     "01.6": Check(
-        "Write break_even(V, rate, bandwidth): the set size K at which the sparse head is as slow as the dense one.",
-        5, "Dense: 6 N H V FLOPs at `rate`. Sparse: 3 N K H e bytes at `bandwidth`, with e = 2.", _break_even,
-        right=[lambda v, rate, bandwidth: v * bandwidth / rate],
-        wrong=[(lambda v, rate, bandwidth: rate / bandwidth, "ridge"),
-               (lambda v, rate, bandwidth: v * rate / bandwidth, "solve for K")]),
+        "Write speedup(K, V, rate, bandwidth) of the sparse head when a dense pass must find the set first.",
+        8, "Dense: 6 N H V FLOPs at `rate`. Now: 2 N H V FLOPs, and 3 N K H e bytes at `bandwidth`, e = 2.", _speedup,
+        right=[lambda k, v, rate, bandwidth: 6 * v / rate / (2 * v / rate + 6 * k / bandwidth)],
+        wrong=[(lambda k, v, rate, bandwidth: v * bandwidth / (k * rate), "when the set is known"),
+               (lambda k, v, rate, bandwidth: (v + 3 * k * rate / bandwidth) / (3 * v), "Upside down"),
+               (lambda k, v, rate, bandwidth: 3.0, "cancel")]),
 }
