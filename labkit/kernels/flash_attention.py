@@ -17,20 +17,19 @@ mostly from the cache, and its arithmetic takes longer than its bytes.
 Source: arXiv 2205.14135, 2307.08691; the two-stage loop as in Triton's tutorial 06. Training uses SDPA by default.
 """
 
-import math
-
 import torch
 from torch import Tensor
 
 from labkit.errors import LabError
 from labkit.kernels.checks import check_devices, check_finite, check_float, check_kernel_dtype, check_shape
-from labkit.kernels.configs import Row, settings_for
+from labkit.kernels.configs import Row
 from labkit.kernels.cost import Cost
 from labkit.kernels.dispatch import choose
+from labkit.kernels.flash_backward import launch_backward
+from labkit.kernels.flash_tiles import LOG2E, flash_settings, store_tile, strides_of, tile
 from labkit.kernels.language import tl, triton
 from labkit.kernels.layout import dense_rows
 
-LOG2E = math.log2(math.e)
 # By head size, as large as compiles without spilling. sm_120 has 99 KB of shared memory a block where sm_90 has 227.
 FORWARD = [
     Row("sm_90", 64, {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 4, "num_stages": 3}),
@@ -39,14 +38,6 @@ FORWARD = [
     Row("any", 64, {"BLOCK_Q": 128, "BLOCK_K": 64, "num_warps": 8, "num_stages": 2}),
     Row("any", 128, {"BLOCK_Q": 128, "BLOCK_K": 32, "num_warps": 8, "num_stages": 2}),
     Row("any", 256, {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}),
-]
-BACKWARD = [
-    Row("sm_90", 64, {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 4, "num_stages": 2}),
-    Row("sm_90", 128, {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
-    Row("sm_90", 256, {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
-    Row("any", 64, {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}),
-    Row("any", 128, {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
-    Row("any", 256, {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}),
 ]
 
 
@@ -98,31 +89,12 @@ def backward_cost(B: int, H: int, J: int, T: int, U: int, D: int, causal: bool =
 
 
 @triton.jit
-def _tile(x, rows, length, stride, D: tl.constexpr, BLOCK_D: tl.constexpr, CHECK: tl.constexpr):
-    """Rows of a [length, D] matrix as [rows, BLOCK_D]; zeros outside. `length` is looked at where CHECK."""
-    d = tl.arange(0, BLOCK_D)[None, :]
-    place = x + rows.to(tl.int64)[:, None] * stride + d
-    if CHECK:
-        return tl.load(place, mask=(rows < length)[:, None] & (d < D), other=0.0)
-    if D < BLOCK_D:
-        return tl.load(place, mask=d < D, other=0.0)
-    return tl.load(place)
-
-
-@triton.jit
-def _store_tile(x, value, rows, length, stride, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    d = tl.arange(0, BLOCK_D)[None, :]
-    place = x + rows.to(tl.int64)[:, None] * stride + d
-    tl.store(place, value.to(x.dtype.element_ty), mask=(rows < length)[:, None] & (d < D))
-
-
-@triton.jit
 def _walk_keys(acc, m, total, q, k, v, start, stop, U, limit, stride_k, stride_v, scale, D: tl.constexpr,
                BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr, MASKED: tl.constexpr):
     """Keys start..stop for one block of queries; query i may see keys below limit[i]."""
     for first in range(start, stop, BLOCK_K):
         j = first + tl.arange(0, BLOCK_K)
-        s = tl.dot(q, tl.trans(_tile(k, j, U, stride_k, D, BLOCK_D, MASKED)), input_precision="ieee") * scale
+        s = tl.dot(q, tl.trans(tile(k, j, U, stride_k, D, BLOCK_D, MASKED)), input_precision="ieee") * scale
         if MASKED:
             s = tl.where(j[None, :] < limit[:, None], s, float("-inf"))
         new_m = tl.maximum(m, tl.max(s, 1))
@@ -130,7 +102,7 @@ def _walk_keys(acc, m, total, q, k, v, start, stop, U, limit, stride_k, stride_v
         p = tl.exp2(s - shift[:, None])
         keep = tl.exp2(m - shift)
         total = total * keep + tl.sum(p, 1)
-        value = _tile(v, j, U, stride_v, D, BLOCK_D, MASKED)
+        value = tile(v, j, U, stride_v, D, BLOCK_D, MASKED)
         acc = acc * keep[:, None] + tl.dot(p.to(value.dtype), value, input_precision="ieee")
         m = new_m
     return acc, m, total
@@ -149,7 +121,7 @@ def _forward_kernel(q, k, v, out, lse, T, U, H, group, qb, qh, qt, kb, kh, kt, v
     i = tl.program_id(0) % tl.cdiv(T, BLOCK_Q) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     k += b * kb + h // group * kh
     v += b * vb + h // group * vh
-    query = _tile(q + b * qb + h * qh, i, T, qt, D, BLOCK_D, True)
+    query = tile(q + b * qb + h * qh, i, T, qt, D, BLOCK_D, True)
     limit = tl.minimum(i + U - T + 1, U) if CAUSAL else i * 0 + U
     full = tl.maximum(tl.min(limit, 0), 0) // BLOCK_K * BLOCK_K
     m = tl.full([BLOCK_Q], float("-inf"), tl.float32)
@@ -160,88 +132,8 @@ def _forward_kernel(q, k, v, out, lse, T, U, H, group, qb, qh, qt, kb, kh, kt, v
                                BLOCK_K, True)
     total = tl.where(total == 0, 1.0, total)  # a query without keys: 0 / 1, and lse = m = -inf
     row = head.to(tl.int64) * T
-    _store_tile(out + row * D, acc / total[:, None], i, T, D, D, BLOCK_D)
+    store_tile(out + row * D, acc / total[:, None], i, T, D, D, BLOCK_D)
     tl.store(lse + row + i, (m + tl.log2(total)) * 0.6931471805599453, mask=i < T)
-
-
-@triton.jit
-def _delta_kernel(out, grad_out, grad_lse, delta, rows, D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr):
-    """delta - dlse of each query: what dP is compared with."""
-    r = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    o = _tile(out, r, rows, D, D, BLOCK_D, True).to(tl.float32)
-    g = _tile(grad_out, r, rows, D, D, BLOCK_D, True).to(tl.float32)
-    tl.store(delta + r, tl.sum(o * g, 1) - tl.load(grad_lse + r, mask=r < rows, other=0.0), mask=r < rows)
-
-
-@triton.jit
-def _probability(s, lse, i, j, T, U, CAUSAL: tl.constexpr):
-    """P of a block, made again from its scores in base 2; 0 where a query may not look."""
-    log_sum = tl.load(lse + i, mask=i < T, other=float("inf")) * 1.4426950408889634  # beyond T: P = 0
-    p = tl.exp2(s - log_sum[:, None])
-    seen = (j < U)[None, :]
-    if CAUSAL:
-        seen = seen & (j[None, :] <= i[:, None] + U - T)
-    return tl.where(seen, p, 0.0)
-
-
-@triton.jit
-def _key_gradient_kernel(q, k, v, grad_out, lse, delta, dk, dv, T, U, H, J, qb, qh, qt, kb, kh, kt, vb, vh, vt, scale,
-                         base2, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-                         BLOCK_K: tl.constexpr):
-    """One program: BLOCK_K keys of one key head, over the queries of all heads that read it."""
-    head = tl.program_id(0) // tl.cdiv(U, BLOCK_K)
-    b = (head // J).to(tl.int64)
-    h_k = (head % J).to(tl.int64)
-    start_j = tl.program_id(0) % tl.cdiv(U, BLOCK_K) * BLOCK_K
-    j = start_j + tl.arange(0, BLOCK_K)
-    key = _tile(k + b * kb + h_k * kh, j, U, kt, D, BLOCK_D, True)
-    value = _tile(v + b * vb + h_k * vh, j, U, vt, D, BLOCK_D, True)
-    acc_k = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    acc_v = tl.zeros([BLOCK_K, BLOCK_D], tl.float32)
-    first = tl.maximum(start_j - U + T, 0) // BLOCK_Q * BLOCK_Q if CAUSAL else 0
-    for member in range(H // J):
-        h = h_k * (H // J) + member
-        row = (b * H + h) * T
-        for start in range(first, T, BLOCK_Q):
-            i = start + tl.arange(0, BLOCK_Q)
-            query = _tile(q + b * qb + h * qh, i, T, qt, D, BLOCK_D, True)
-            grad = _tile(grad_out + row * D, i, T, D, D, BLOCK_D, True)
-            s = tl.dot(query, tl.trans(key), input_precision="ieee") * base2
-            p = _probability(s, lse + row, i, j, T, U, CAUSAL)
-            acc_v += tl.dot(tl.trans(p.to(grad.dtype)), grad, input_precision="ieee")
-            dp = tl.dot(grad, tl.trans(value), input_precision="ieee")
-            ds = p * (dp - tl.load(delta + row + i, mask=i < T, other=0.0)[:, None])
-            acc_k += tl.dot(tl.trans(ds.to(query.dtype)), query, input_precision="ieee")
-    place = head.to(tl.int64) * U * D
-    _store_tile(dk + place, acc_k * scale, j, U, D, D, BLOCK_D)
-    _store_tile(dv + place, acc_v, j, U, D, D, BLOCK_D)
-
-
-@triton.jit
-def _query_gradient_kernel(q, k, v, grad_out, lse, delta, dq, T, U, H, group, qb, qh, qt, kb, kh, kt, vb, vh, vt, scale,
-                           base2, CAUSAL: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_Q: tl.constexpr,
-                           BLOCK_K: tl.constexpr):
-    """One program: BLOCK_Q queries of one head, over the keys that they see."""
-    head = tl.program_id(0) // tl.cdiv(T, BLOCK_Q)
-    b = (head // H).to(tl.int64)
-    h = (head % H).to(tl.int64)
-    start_i = tl.program_id(0) % tl.cdiv(T, BLOCK_Q) * BLOCK_Q
-    i = start_i + tl.arange(0, BLOCK_Q)
-    row = head.to(tl.int64) * T
-    query = _tile(q + b * qb + h * qh, i, T, qt, D, BLOCK_D, True)
-    grad = _tile(grad_out + row * D, i, T, D, D, BLOCK_D, True)
-    compare = tl.load(delta + row + i, mask=i < T, other=0.0)
-    acc = tl.zeros([BLOCK_Q, BLOCK_D], tl.float32)
-    stop = tl.minimum(start_i + BLOCK_Q + U - T, U) if CAUSAL else U
-    for start in range(0, stop, BLOCK_K):
-        j = start + tl.arange(0, BLOCK_K)
-        key = _tile(k + b * kb + h // group * kh, j, U, kt, D, BLOCK_D, True)
-        value = _tile(v + b * vb + h // group * vh, j, U, vt, D, BLOCK_D, True)
-        s = tl.dot(query, tl.trans(key), input_precision="ieee") * base2
-        p = _probability(s, lse + row, i, j, T, U, CAUSAL)
-        ds = p * (tl.dot(grad, tl.trans(value), input_precision="ieee") - compare[:, None])
-        acc += tl.dot(ds.to(key.dtype), key, input_precision="ieee")
-    _store_tile(dq + row * D, acc * scale, i, T, D, D, BLOCK_D)
 
 
 def launch_forward(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor]:
@@ -250,41 +142,11 @@ def launch_forward(q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, causal: bool,
     out_BHTD = torch.empty(B, H, T, D, dtype=q_BHTD.dtype, device=q_BHTD.device)
     lse_BHT = torch.empty(B, H, T, dtype=torch.float32, device=q_BHTD.device)
     if out_BHTD.numel():
-        settings = _settings(FORWARD, "flash_attention", D, q_BHTD.device)
+        settings = flash_settings(FORWARD, "flash_attention", D, q_BHTD.device)
         _forward_kernel[(-(-T // settings["BLOCK_Q"]) * B * H,)](
-            q_BHTD, k_BJUD, v_BJUD, out_BHTD, lse_BHT, T, U, H, H // J, *_strides(q_BHTD, k_BJUD, v_BJUD),
+            q_BHTD, k_BJUD, v_BJUD, out_BHTD, lse_BHT, T, U, H, H // J, *strides_of(q_BHTD, k_BJUD, v_BJUD),
             scale * LOG2E, CAUSAL=causal, **settings)
     return out_BHTD, lse_BHT
-
-
-def launch_backward(grad_out: Tensor, grad_lse: Tensor, q_BHTD: Tensor, k_BJUD: Tensor, v_BJUD: Tensor, out: Tensor,
-                    lse: Tensor, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
-    """dq, dk, dv."""
-    (B, H, T, D), (J, U) = q_BHTD.shape, k_BJUD.shape[1:3]
-    dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) if not q_BHTD.numel() else
-                  torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q_BHTD, k_BJUD, v_BJUD))
-    if q_BHTD.numel():
-        settings = _settings(BACKWARD, "flash_attention_backward", D, q_BHTD.device)
-        delta = torch.empty_like(lse)
-        _delta_kernel[(-(-lse.numel() // 32),)](out, grad_out, grad_lse, delta, lse.numel(), D=D,
-                                                BLOCK_D=settings["BLOCK_D"], ROWS=32)
-        shared = (q_BHTD, k_BJUD, v_BJUD, grad_out, lse, delta)
-        numbers = (*_strides(q_BHTD, k_BJUD, v_BJUD), scale, scale * LOG2E)
-        if U:
-            _key_gradient_kernel[(-(-U // settings["BLOCK_K"]) * B * J,)](*shared, dk, dv, T, U, H, J, *numbers,
-                                                                         CAUSAL=causal, **settings)
-        _query_gradient_kernel[(-(-T // settings["BLOCK_Q"]) * B * H,)](*shared, dq, T, U, H, H // J, *numbers,
-                                                                       CAUSAL=causal, **settings)
-    return dq, dk, dv
-
-
-def _settings(table: list[Row], name: str, D: int, device: torch.device) -> dict[str, int]:
-    # tl.dot wants 16 in each dimension at least
-    return {"D": D, "BLOCK_D": max(triton.next_power_of_2(D), 16)} | settings_for(name, table, D, device)
-
-
-def _strides(*tensors: Tensor) -> list[int]:
-    return [stride for tensor in tensors for stride in tensor.stride()[:3]]
 
 
 @torch.library.custom_op("labkit::flash_attention", mutates_args=())

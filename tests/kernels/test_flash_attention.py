@@ -20,6 +20,7 @@ from labkit.kernels.interpreter import count_traffic, guard_bounds, overflow_che
 
 pytestmark = pytest.mark.interp
 k10 = importlib.import_module("labkit.kernels.flash_attention")
+k10_back = importlib.import_module("labkit.kernels.flash_backward")
 causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", "full"])
 
 
@@ -336,7 +337,7 @@ def test_gradients_of_more_than_2_to_the_31_elements(which):
     lse[-16:] = head["lse"].flatten()
     delta[-16:] = (head["out"].float() * head["grad"].float()).sum(3).flatten()
     outputs = [fits_in(torch.zeros(256).half(), HEADS) for _ in range(2 if which == "keys" else 1)]
-    kernel = k10._key_gradient_kernel if which == "keys" else k10._query_gradient_kernel
+    kernel = k10_back._key_gradient_kernel if which == "keys" else k10_back._query_gradient_kernel
     with only_program(HEADS - 1):
         kernel[(1,)](head["q"], head["k"], head["v"], grad, lse, delta, *outputs, 16, 16, HEADS,
                      HEADS if which == "keys" else 1, *STRIDES, 1.0, k10.LOG2E, CAUSAL=False, **SIZES)
@@ -349,7 +350,7 @@ def test_more_than_2_to_the_31_queries():
     rows = 2**31 + 32
     out, grad, ends, delta = (fits_in(torch.full((32,), value), rows // 32, torch.float16) for value in (2, 3, 1, 0))
     with only_program(2**26):
-        k10._delta_kernel[(1,)](out, grad, ends, delta, rows, D=1, BLOCK_D=16, ROWS=32)
+        k10_back._delta_kernel[(1,)](out, grad, ends, delta, rows, D=1, BLOCK_D=16, ROWS=32)
     assert (delta[-1] == 5).all()
 
 
