@@ -156,7 +156,8 @@ def _pattern(dtype: torch.dtype, variant: int) -> int:
 @contextlib.contextmanager
 def largest_allocation() -> Iterator[Callable[[], int]]:
     """Bytes of the largest piece of memory that torch allocates on the CPU inside, also within a custom_op."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True,
+                                acc_events=True) as profile:
         yield lambda: max(event.nbytes() for event in profile.profiler.kineto_results.events()  # events() sums by op
                           if event.name() == "[memory]")
 
