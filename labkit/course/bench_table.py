@@ -6,8 +6,7 @@ from pathlib import Path
 from labkit.course import results
 
 TIMED = ["op", "direction", "time", "of the floor", "bound", "peers: how many times slower", "target", "note"]
-PREDICTED = ["op", "direction", "MB", "FLOP/byte", "floor and bound: H200", "RTX 5090", "counted / formula",
-             "registers, spills, occupancy", "target"]
+PREDICTED = ["op", "dir", "MB", "FLOP/B", "H200", "RTX 5090", "bound", "counted", "registers"]
 
 
 def table_of(report: dict) -> tuple[str, list[str], list[list[str]]]:
@@ -41,6 +40,10 @@ def remarks(report: dict, file: Path | None = None) -> list[str]:
         rates = header["cpu_ceilings"]
         said += [f"{row['op']}, {row['direction']}: {row['note']}." for row in report["rows"] if row["note"]]
         said += header["left_out"]
+        if any(any(row["compiled"].values()) for row in report["rows"]):
+            said.append(spills_of(report))
+        said.append("H200, RTX 5090: floor time; bound: on an H200. counted: bytes in the interpreter over the "
+                    "formula. registers: sm_90/sm_120. Occupancy and targets: --json.")
         said.append(f"This CPU copies {rates['copy']['median'] / 1e9:.1f} GB/s and multiplies "
                     f"{rates['matmul']['median'] / 1e9:.1f} GFLOP/s ({rates['dtype']}, {rates['threads']} threads).")
     return [*said, f"Written: {file}"] if file else said
@@ -65,16 +68,25 @@ def ratio_text(ratio: dict, noise: float) -> str:
 
 
 def _predicted(row: dict) -> list[str]:
-    floors = [f"{milliseconds(each['floor_ms'])} {each['bound']}" for each in row["predicted"].values()]
+    floors = [milliseconds(each["floor_ms"]) for each in row["predicted"].values()]
+    bound = next(iter(row["predicted"].values()))["bound"]
+    intensity = f"{row['intensity']:,.0f}" if row["intensity"] >= 10 else f"{row['intensity']:.2g}"
     counted = f"{row['counted']['ratio']:.3f}" if row["counted"] else "-"
-    return [row["op"], row["direction"], f"{row['bytes_floor'] / 1e6:.1f}", f"{row['intensity']:.2g}", *floors, counted,
-            "\n".join(_resources(row)) or "-", "\n".join(row["targets"])]
+    return [row["op"], row["direction"], f"{row['bytes_floor'] / 1e6:.0f}", intensity, *floors, bound,
+            counted, _registers(row)]
 
 
-def _resources(row: dict) -> list[str]:
-    """One line an arch, like "sm_90: 66, 0, 38%": the most registers, all spilled bytes, the lowest occupancy."""
-    return [f"{arch}: {max(each['registers'] for each in kernels)}, {sum(each['spill_bytes'] for each in kernels)}, "
-            f"{min(each['occupancy'] for each in kernels):.0%}" for arch, kernels in row["compiled"].items() if kernels]
+def _registers(row: dict) -> str:
+    """The most of any kernel, like "34/39" for sm_90 and sm_120; "-" where nothing was compiled."""
+    compiled = [kernels for kernels in row["compiled"].values() if kernels]
+    return "/".join(str(max(each["registers"] for each in kernels)) for kernels in compiled) or "-"
+
+
+def spills_of(report: dict) -> str:
+    """One sentence on the registers that were spilled, in all kernels that were compiled."""
+    found = {f"{row['op']} {row['direction']} on {arch}" for row in report["rows"]
+             for arch, kernels in row["compiled"].items() for each in kernels if each["spill_bytes"]}
+    return f"Spilled registers: {', '.join(sorted(found))}." if found else "No compiled kernel spills registers."
 
 
 def milliseconds(value: float) -> str:

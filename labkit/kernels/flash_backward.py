@@ -18,7 +18,8 @@ BACKWARD = [
     Row("sm_90", 256, {"BLOCK_Q": 32, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
     Row("any", 64, {"BLOCK_Q": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 2}),
     Row("any", 128, {"BLOCK_Q": 64, "BLOCK_K": 64, "num_warps": 8, "num_stages": 1}),
-    Row("any", 256, {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1}),
+    # left to itself, the assembler aims at 128 registers here, and that of triton 3.6 spills 16 bytes
+    Row("any", 256, {"BLOCK_Q": 32, "BLOCK_K": 32, "num_warps": 8, "num_stages": 1, "maxnreg": 160}),
 ]
 
 
