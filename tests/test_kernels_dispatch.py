@@ -52,6 +52,7 @@ def on(device: str, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_choice_and_its_reason(monkeypatch, impl, device, interpreted, dtype, name, reason):
     """Kernel or reference, with a sentence that says why; true in a condition where it is the kernel."""
     monkeypatch.setattr(dispatch, "TRITON", True)
+    monkeypatch.setattr(dispatch, "C_COMPILER", "gcc")
     monkeypatch.setattr(dispatch, "interpreting", lambda: interpreted)
     choice = dispatch.choose(impl, on(device, dtype))
     assert choice.name == name and reason in choice.reason and bool(choice) == (name == "triton")
@@ -62,6 +63,16 @@ def test_choice_without_triton(monkeypatch):
     monkeypatch.setattr(dispatch, "TRITON", False)
     assert dispatch.choose("auto", on("cuda")) == ("reference", "Triton is not installed.")
     with refused('impl="triton" cannot run here: Triton is not installed. Use impl="auto" or "reference".'):
+        dispatch.choose("triton", on("cuda"))
+
+
+def test_choice_without_a_c_compiler(monkeypatch):
+    """A bare GPU server may have none: the reference, with the reason, and not Triton's error at the first launch."""
+    monkeypatch.setattr(dispatch, "TRITON", True)
+    monkeypatch.setattr(dispatch, "C_COMPILER", None)
+    choice = dispatch.choose("auto", on("cuda"))
+    assert choice.name == "reference" and "no gcc or clang" in choice.reason
+    with refused('Use impl="auto" or "reference".'):
         dispatch.choose("triton", on("cuda"))
 
 

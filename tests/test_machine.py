@@ -24,9 +24,10 @@ def fake_torch(cuda="13.0", *, devices=(), built_for=("sm_80", "sm_90", "sm_120"
     return SimpleNamespace(version=SimpleNamespace(cuda=cuda), cuda=calls)
 
 
-def gpu_problem(monkeypatch, torch, driver=(RTX_4090,), scale="workstation"):
+def gpu_problem(monkeypatch, torch, driver=(RTX_4090,), scale="workstation", compiler="gcc"):
     """What the doctor says about the GPUs of a made-up machine: (what, fix), or None."""
     monkeypatch.setattr(system, "driver_gpus", lambda: list(driver))
+    monkeypatch.setattr(machine, "c_compiler", lambda: compiler)
     found = machine.gpu_problems(system.find_gpus(torch), torch, scale)
     assert not any(problem.serious for problem in found)  # the CPU still works
     return (found[0].what, found[0].fix) if found else None
@@ -123,6 +124,14 @@ def test_a_good_gpu_gives_no_problem_and_stands_on_the_card(monkeypatch):
     assert gpu_problem(monkeypatch, torch) is None
     (card,) = system.find_gpus(torch)
     assert (card.capability, card.driver, card.usable) == ("8.9", "580.95", True)
+
+
+def test_a_gpu_without_a_c_compiler(monkeypatch):
+    """Triton cannot launch without one: the doctor says so before a lab is silently slow."""
+    torch = fake_torch(devices=[("NVIDIA GeForce RTX 4090", 25.3, (8, 9))])
+    what, fix = gpu_problem(monkeypatch, torch, compiler=None)
+    assert "C compiler" in what and "install gcc" in fix
+    assert gpu_problem(monkeypatch, torch, scale="quick", compiler=None) is None
 
 
 @pytest.mark.parametrize(("capability", "architectures", "serves"), [

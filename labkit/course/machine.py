@@ -17,6 +17,7 @@ from labkit.course.scale import choose_scale
 from labkit.course.system import GB, Gpu, core_count, cpu_name, find_gpus, memory_gb, system_name
 from labkit.errors import LabError
 from labkit.files import REPOSITORY
+from labkit.toolchain import c_compiler
 
 NEEDED = ("torch", "numpy", "matplotlib", "safetensors", "tokenizers", "tqdm", "rich", "typer")
 FOR_NOTEBOOKS = ("jupyterlab", "ipywidgets", "nbclient", "nbval")
@@ -179,7 +180,11 @@ def gpu_problems(gpus: tuple[Gpu, ...], torch: object | None, scale: str) -> lis
     if not torch.cuda.is_available():
         return [Problem(*why_unreachable(gpu, torch.version.cuda), serious=False)]
     reason = why_unfit(gpu) if scale == "workstation" else None
-    return [Problem(*reason, serious=False)] if reason else []
+    problems = [Problem(*reason, serious=False)] if reason else []
+    if scale == "workstation" and c_compiler() is None:
+        problems.append(Problem("There is no C compiler, which Triton needs: labs use their slower torch references.",
+                                "install gcc, on Debian or Ubuntu: sudo apt-get install gcc", serious=False))
+    return problems
 
 
 def why_unreachable(gpu: Gpu, cuda: str | None) -> tuple[str, str]:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from labkit.errors import LabError
 from labkit.kernels.language import TRITON, interpreting
+from labkit.toolchain import c_compiler
+
+C_COMPILER = c_compiler()  # looked up once, since torch.compile does not trace a search
 
 
 class Choice(NamedTuple):
@@ -49,6 +52,8 @@ def can_launch(tensor: Tensor) -> tuple[bool, str]:
         return False, "Triton is not installed."
     if not torch.compiler.is_compiling() and torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         return False, "The kernels have no rules for torch.func transforms (vmap, jvp)."
+    if tensor.device.type == "cuda" and not C_COMPILER:
+        return False, "Triton needs a C compiler to launch kernels, and there is no gcc or clang."
     if tensor.device.type == "cuda":
         return True, "The tensors are on a GPU."
     if tensor.device.type != "cpu":
