@@ -62,6 +62,16 @@ def check_finite(name: str, value: float) -> None:
         raise LabError(f"{name} is {value}, which is not a finite number.", f"Give {name} a finite value.")
 
 
+def check_head(hidden_NH: Tensor, weight_VH: Tensor, chunk: int | None) -> None:
+    """Hidden states [N, H] and a head [V, H] of one dtype, and a chunk of at least one row."""
+    check_shape("hidden_NH", hidden_NH, (None, None), "[N, H]")
+    check_shape("weight_VH", weight_VH, (None, hidden_NH.shape[1]), "[V, H]")
+    if hidden_NH.dtype != weight_VH.dtype:
+        raise LabError(f"hidden_NH is {hidden_NH.dtype} and weight_VH is {weight_VH.dtype}.", "Give both one dtype.")
+    if chunk is not None and chunk < 1:
+        raise LabError(f"A chunk of {chunk} rows holds nothing.", "Use a chunk of 1 or more.")
+
+
 def check_temperature(temperature: float) -> None:
     """A finite number of 1e-6 or more: below that, logits divided by it leave fp32."""
     check_finite("temperature", temperature)

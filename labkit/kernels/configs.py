@@ -26,6 +26,15 @@ class Row(NamedTuple):
     settings: dict[str, int]
 
 
+# For kernels that read rows of logits once, block after block. The last two rows are for LABKIT_AUTOTUNE only.
+OVER_VOCABULARY = [
+    Row("any", 1024, {"BLOCK_V": 1024, "num_warps": 4}),
+    Row("any", math.inf, {"BLOCK_V": 4096, "num_warps": 8}),
+    Row("any", math.inf, {"BLOCK_V": 2048, "num_warps": 4}),
+    Row("any", math.inf, {"BLOCK_V": 8192, "num_warps": 16}),
+]
+
+
 def settings_for(kernel: str, table: list[Row], size: int, device: torch.device,
                  launch: Callable[[dict[str, int]], object] | None = None) -> dict[str, int]:
     """Launch keywords (BLOCK_V=4096, num_warps=8, ...) of `kernel` for an input of this size.

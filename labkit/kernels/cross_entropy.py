@@ -20,18 +20,11 @@ from torch import Tensor
 
 from labkit.errors import LabError
 from labkit.kernels.checks import check_devices, check_finite, check_float, check_ids, check_kernel_dtype, check_shape
-from labkit.kernels.configs import Row, settings_for
+from labkit.kernels.configs import OVER_VOCABULARY, settings_for
 from labkit.kernels.cost import Cost
 from labkit.kernels.dispatch import choose
 from labkit.kernels.language import tl, triton
 from labkit.kernels.layout import dense_rows
-
-SETTINGS = [
-    Row("any", 1024, {"BLOCK_V": 1024, "num_warps": 4}),
-    Row("any", float("inf"), {"BLOCK_V": 4096, "num_warps": 8}),
-    Row("any", float("inf"), {"BLOCK_V": 2048, "num_warps": 4}),  # this one and the next only if LABKIT_AUTOTUNE asks
-    Row("any", float("inf"), {"BLOCK_V": 8192, "num_warps": 16}),
-]
 
 
 def cross_entropy(logits_NV: Tensor, target: Tensor, *, ignore_index: int = -100, z_loss: float = 0.0,
@@ -162,7 +155,7 @@ def launch_forward(logits_NV: Tensor, target_NS: Tensor, share_NS: Tensor, z_los
             _forward_kernel[(N,)](logits_NV, target_NS, share_NS, loss_N, lse_N, V, S, logits_NV.stride(0), z_loss,
                                   BLOCK_S=triton.next_power_of_2(S), **settings)
 
-        launch(settings_for("cross_entropy", SETTINGS, V, logits_NV.device, launch))
+        launch(settings_for("cross_entropy", OVER_VOCABULARY, V, logits_NV.device, launch))
     return loss_N, lse_N
 
 
@@ -177,7 +170,7 @@ def launch_backward(grad_loss_N: Tensor, grad_lse_N: Tensor, logits_NV: Tensor, 
                 logits_NV.stride(0), out_NV.stride(0), z_loss, **settings)
 
         over_itself = out_NV.data_ptr() == logits_NV.data_ptr()  # a search would feed gradients back in as logits
-        launch(settings_for("cross_entropy", SETTINGS, V, logits_NV.device, None if over_itself else launch))
+        launch(settings_for("cross_entropy", OVER_VOCABULARY, V, logits_NV.device, None if over_itself else launch))
 
 
 @torch.library.custom_op("labkit::cross_entropy", mutates_args=())

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from labkit.errors import LabError
-from labkit.kernels.checks import check_devices, check_float, check_kernel_dtype, check_shape
+from labkit.kernels.checks import check_devices, check_float, check_head, check_kernel_dtype
 from labkit.kernels.configs import arch_of
 from labkit.kernels.cost import Cost
 from labkit.kernels.cross_entropy import bag_shares, check_labels, launch_backward, launch_forward
@@ -208,13 +208,8 @@ def _reduce(loss_N: Tensor, counts_N: Tensor, reduction: str) -> Tensor:
 
 def _check(hidden_NH: Tensor, weight_VH: Tensor, target: Tensor, weight: Tensor | None, chunk: int | None,
            logits_dtype: str) -> None:
-    check_shape("hidden_NH", hidden_NH, (None, None), "[N, H]")
-    check_shape("weight_VH", weight_VH, (None, hidden_NH.shape[1]), "[V, H]")
     check_float("hidden_NH", hidden_NH)
+    check_head(hidden_NH, weight_VH, chunk)
     check_devices(hidden_NH=hidden_NH, weight_VH=weight_VH, target=target, weight=weight)
-    if hidden_NH.dtype != weight_VH.dtype:
-        raise LabError(f"hidden_NH is {hidden_NH.dtype} and weight_VH is {weight_VH.dtype}.", "Give both one dtype.")
-    if chunk is not None and chunk < 1:
-        raise LabError(f"A chunk of {chunk} rows holds nothing.", "Use a chunk of 1 or more.")
     if logits_dtype not in DTYPES:
         raise LabError(f"There is no logits_dtype {logits_dtype!r}.", 'Use logits_dtype "fp32" or "bf16".')

@@ -21,24 +21,18 @@ from labkit.errors import LabError
 from labkit.kernels.checks import (
     check_devices,
     check_float,
+    check_head,
     check_ids,
     check_kernel_dtype,
     check_shape,
     check_temperature,
 )
-from labkit.kernels.configs import Row, settings_for
+from labkit.kernels.configs import OVER_VOCABULARY, settings_for
 from labkit.kernels.cost import Cost
 from labkit.kernels.dispatch import choose
 from labkit.kernels.language import tl, triton
 from labkit.kernels.layout import dense_rows
 from labkit.kernels.products import product
-
-SETTINGS = [
-    Row("any", 1024, {"BLOCK_V": 1024, "num_warps": 4}),
-    Row("any", float("inf"), {"BLOCK_V": 4096, "num_warps": 8}),
-    Row("any", float("inf"), {"BLOCK_V": 2048, "num_warps": 4}),  # this one and the next only if LABKIT_AUTOTUNE asks
-    Row("any", float("inf"), {"BLOCK_V": 8192, "num_warps": 16}),
-]
 
 
 def token_logprob(logits_NV: Tensor, ids_N: Tensor, *, temperature: float = 1.0, ignore_index: int = -100,
@@ -70,14 +64,9 @@ def linear_token_logprob(hidden_NH: Tensor, weight_VH: Tensor, ids_N: Tensor, *,
     Without a gradient, so only one chunk of logits exists, chunk * V * 4 bytes. They are kept in fp32: a bf16 logit
     near 16 is off by up to 0.03, and a ratio of policies is the exponential of a difference of two.
     """
-    check_shape("hidden_NH", hidden_NH, (None, None), "[N, H]")
-    check_shape("weight_VH", weight_VH, (None, hidden_NH.shape[1]), "[V, H]")
+    check_head(hidden_NH, weight_VH, chunk)
     check_shape("ids_N", ids_N, hidden_NH.shape[:1], "[N]")
     check_devices(hidden_NH=hidden_NH, weight_VH=weight_VH, ids_N=ids_N)
-    if hidden_NH.dtype != weight_VH.dtype:
-        raise LabError(f"hidden_NH is {hidden_NH.dtype} and weight_VH is {weight_VH.dtype}.", "Give both one dtype.")
-    if chunk < 1:
-        raise LabError(f"A chunk of {chunk} rows holds nothing.", "Use a chunk of 1 or more.")
     dtype = torch.promote_types(hidden_NH.dtype, torch.float32)
 
     def logits_of(rows: Tensor) -> Tensor:
@@ -170,7 +159,7 @@ def launch_forward(logits_NV: Tensor, ids_N: Tensor, temperature: float,
             _forward_kernel[(N,)](logits_NV, ids_N, *out, V, logits_NV.stride(0), 1 / temperature, ignore_index,
                                   **settings)
 
-        launch(settings_for("token_logprob", SETTINGS, V, logits_NV.device, launch))
+        launch(settings_for("token_logprob", OVER_VOCABULARY, V, logits_NV.device, launch))
     return out
 
 
@@ -185,7 +174,7 @@ def launch_backward(logits_NV: Tensor, ids_N: Tensor, entropy_N: Tensor, lse_N: 
                 logits_NV, ids_N, entropy_N, lse_N, grad_logp_N, grad_entropy_N, grad_lse_N, out_NV, V,
                 logits_NV.stride(0), 1 / temperature, ignore_index, **settings)
 
-        launch(settings_for("token_logprob", SETTINGS, V, logits_NV.device, launch))
+        launch(settings_for("token_logprob", OVER_VOCABULARY, V, logits_NV.device, launch))
     return out_NV
 
 

@@ -28,17 +28,12 @@ import torch
 from torch import Tensor
 
 from labkit.kernels.checks import check_devices, check_float, check_shape
-from labkit.kernels.configs import Row, settings_for
+from labkit.kernels.configs import OVER_VOCABULARY, settings_for
 from labkit.kernels.cost import Cost
 from labkit.kernels.language import tl, triton
 from labkit.kernels.layout import dense_rows
 from labkit.kernels.token_logprob import launch_forward as launch_token_logprob
 from labkit.kernels.topk_set import check_set, launch_set, members, runs_kernel, set_divergence
-
-SETTINGS = [
-    Row("any", 1024, {"BLOCK_V": 1024, "num_warps": 4}),
-    Row("any", float("inf"), {"BLOCK_V": 4096, "num_warps": 8}),
-]
 
 
 def topk_kl(student_logits_NV: Tensor, teacher_ids_NK: Tensor, teacher_logp_NK: Tensor, *, mode: str = "renorm",
@@ -174,7 +169,7 @@ def launch_fill(grad_loss_N: Tensor, logits_NV: Tensor, lse_N: Tensor, outside_N
     """The gradient [N, V] as if no token were in the set."""
     N, V = logits_NV.shape
     out_NV = torch.empty(N, V, dtype=logits_NV.dtype, device=logits_NV.device)
-    settings = settings_for("topk_kl", SETTINGS, V, logits_NV.device)
+    settings = settings_for("topk_kl", OVER_VOCABULARY, V, logits_NV.device)
     if N:
         _fill_kernel[(N, -(-V // settings["BLOCK_V"]))](logits_NV, lse_N, grad_loss_N, outside_N, out_NV, V,
                                                         logits_NV.stride(0), 1 / temperature, **settings)

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_rows import VIEWS, rows
 from torch import Tensor
 from torch.library import opcheck
 
@@ -21,10 +22,6 @@ pytestmark = pytest.mark.interp
 k2 = importlib.import_module("labkit.kernels.cross_entropy")
 INF = float("inf")
 FLOATS = [torch.float32, torch.float16]
-
-
-def rows(N: int, V: int, seed: int = 0) -> Tensor:
-    return 3 * torch.randn(N, V, generator=torch.Generator().manual_seed(seed))
 
 
 def ids(*shape: int, V: int, seed: int = 1) -> Tensor:
@@ -75,17 +72,6 @@ def test_no_rows(S):
     loss, lse_N = kernels.cross_entropy(logits_NV, ids(0, S, V=7))
     loss.backward()
     assert loss == 0 and lse_N.shape == (0,) and logits_NV.grad.shape == (0, 7)
-
-
-VIEWS = {
-    "columns of a wider tensor": lambda: rows(2, 90)[:, 7:82],
-    "every second row": lambda: rows(4, 75)[::2],
-    "every second column": lambda: rows(2, 150)[:, ::2],
-    "transposed": lambda: rows(75, 2).t(),
-    "one row expanded": lambda: rows(1, 75).expand(2, 75),
-    "one column expanded": lambda: rows(2, 1).expand(2, 75),
-    "offset": lambda: rows(3, 75).flatten()[3:153].view(2, 75),
-}
 
 
 @pytest.mark.parametrize("view", VIEWS)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from logit_rows import VIEWS, rows
 from torch import Tensor
 from torch.library import opcheck
 
@@ -20,10 +21,6 @@ pytestmark = pytest.mark.interp
 k4 = importlib.import_module("labkit.kernels.token_logprob")
 INF = float("inf")
 FLOATS = [torch.float32, torch.float16]
-
-
-def rows(N: int, V: int, seed: int = 0) -> Tensor:
-    return 3 * torch.randn(N, V, generator=torch.Generator().manual_seed(seed))
 
 
 def ids(N: int, V: int, seed: int = 1) -> Tensor:
@@ -57,17 +54,6 @@ def test_no_rows():
     """An empty batch has empty results and an empty gradient."""
     check(rows(0, 7), ids(0, 7))
     assert [x.shape for x in kernels.linear_token_logprob(rows(0, 5), rows(7, 5), ids(0, 7))] == [(0,)] * 3
-
-
-VIEWS = {
-    "columns of a wider tensor": lambda: rows(2, 90)[:, 7:82],
-    "every second row": lambda: rows(4, 75)[::2],
-    "every second column": lambda: rows(2, 150)[:, ::2],
-    "transposed": lambda: rows(75, 2).t(),
-    "one row expanded": lambda: rows(1, 75).expand(2, 75),
-    "one column expanded": lambda: rows(2, 1).expand(2, 75),
-    "offset": lambda: rows(3, 75).flatten()[3:153].view(2, 75),
-}
 
 
 @pytest.mark.parametrize("view", VIEWS)
