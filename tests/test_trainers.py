@@ -27,6 +27,7 @@ from labkit.trainers import (
     pretrain_superposed,
     run_all,
     sft,
+    sweep,
     train,
 )
 from labkit.trainers.checkpoint import load_model, save_model
@@ -223,8 +224,19 @@ def test_order_and_workers_change_nothing():
     def fails():
         raise ValueError("this one")
 
-    with pytest.raises(ValueError, match="this one"):
-        run_all({0: fails, 1: runs[1]}, cpu, workers=1)
+    for workers in (1, 2):
+        with pytest.raises(ValueError, match="this one"):
+            run_all({0: fails, 1: runs[1]}, cpu, workers=workers)
+
+
+@pytest.mark.skipif(not sweep.can_fork(torch.device("cpu")), reason="workers are threads here")
+def test_forked_runs_return_models_and_a_killed_one_is_named():
+    """Models cross the border between processes unchanged; a worker that dies is a sentence, not a hanging sweep."""
+    cpu, seeds = torch.device("cpu"), (3, 4)
+    models = run_all({seed: lambda seed=seed: GPT(CONFIG, seed=seed) for seed in seeds}, cpu, workers=2)
+    assert all(torch.equal(weights(models[seed]), weights(GPT(CONFIG, seed=seed))) for seed in seeds)
+    with pytest.raises(LabError, match="was killed"):
+        run_all({seed: lambda: os.kill(os.getpid(), signal.SIGKILL) for seed in seeds}, cpu, workers=2)
 
 
 def test_saved_model_is_the_model(tmp_path):

@@ -50,17 +50,23 @@ def _encode(corpus: Corpus, tokenizer: Tokenizer, split: str) -> np.ndarray:
     return np.concatenate([np.array([*ids, tokenizer.end], kind) for ids in tokenizer.encode_many(texts)])
 
 
+def generator_for(seed: int, *stream: int, device: torch.device | str = "cpu") -> torch.Generator:
+    """A generator for one place of one run: its 64-bit seed is numpy's SeedSequence(seed, spawn_key=stream).
+
+    Neighbouring seeds and streams, such as the steps of a run, give unrelated draws.
+    """
+    mixed = np.random.SeedSequence(seed, spawn_key=stream).generate_state(1, np.uint64)[0]
+    return torch.Generator(device).manual_seed(int(mixed))
+
+
 def random_windows(tokens_M: Tensor, *, batch: int, length: int, seed: int, step: int) -> Tensor:
     """`batch` windows of `length` neighbouring tokens: [batch, length], a pure function of (seed, step).
 
-    Starts are uniform on 0 … M - length, drawn on the CPU (so every device sees the same windows) by a generator whose
-    64-bit seed is numpy's SeedSequence(seed, spawn_key=(step,)): neighbouring seeds and steps give unrelated streams.
+    Starts are uniform on 0 … M - length, drawn on the CPU, so that every device sees the same windows.
     """
     if len(tokens_M) < length:
         raise LabError(f"A window of {length} tokens doesn't fit into a text of {len(tokens_M)}.",
                        "Use a shorter context or a longer text.")
-    mixed = np.random.SeedSequence(seed, spawn_key=(step,)).generate_state(1, np.uint64)[0]
-    generator = torch.Generator().manual_seed(int(mixed))
-    start_B = torch.randint(len(tokens_M) - length + 1, (batch,), generator=generator)
+    start_B = torch.randint(len(tokens_M) - length + 1, (batch,), generator=generator_for(seed, step))
     index_BT = start_B[:, None] + torch.arange(length)
     return tokens_M[index_BT.to(tokens_M.device)]

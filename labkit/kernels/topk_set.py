@@ -229,7 +229,7 @@ def runs_kernel(impl: str, ids_NK: Tensor, **floats: Tensor) -> bool:
     Raises:
         LabError: what `choose` raises, a dtype that kernels do not take, or impl="triton" with too large a set.
     """
-    if not choose(impl, ids_NK):
+    if not all(choose(impl, tensor) for tensor in (ids_NK, *floats.values())):  # float64 and torch.func: see choose
         return False
     for name, tensor in floats.items():
         check_kernel_dtype(name, tensor)

@@ -1,11 +1,18 @@
-"""What is measured, and how well: intervals over seeds, FLOPs, memory, hardware.
+"""What is measured, and how well: intervals over seeds, paths of weights, gradients, distances, FLOPs, hardware.
 
 Names are looked up on first use, so that reading the ledger doesn't wait for torch.
 """
 
 import importlib
 
-_HOME = {"interval": "intervals"}  # public name -> file of this room
+_FILES = {  # file of this room -> its public names
+    "intervals": ["interval"],
+    "holder_mean": ["power_mean"],
+    "trajectory": ["explained_variance", "linearity", "over_tensors", "random_walk_null"],
+    "gradient_variance": ["fisher_diagonal", "holder_coefficients", "sequence_variance", "token_gram"],
+    "distance": ["bootstrap_r2", "forward_kl", "quadratic_fit", "reverse_kl", "sequence_kl", "spearman"],
+}
+_HOME = {name: file for file, names in _FILES.items() for name in names}
 
 __all__ = list(_HOME)
 

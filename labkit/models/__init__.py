@@ -4,6 +4,7 @@ gpt        GPTConfig, GPT: RoPE, RMSNorm, SwiGLU, grouped queries, optional QK-n
 attention  the default attention, and the mask of packed documents
 cache      keys and values of a prefix, so that sampling never computes it twice
 sample     generate: batched sampling with temperature, top-k, top-p and stop tokens
+score      what a model thinks of given answers
 llama      the same weights under the names of Hugging Face's Llama
 """
 
@@ -11,5 +12,7 @@ from labkit.models.attention import document_mask, sdpa_attention
 from labkit.models.cache import KVCache
 from labkit.models.gpt import GPT, GPTConfig
 from labkit.models.sample import Generation, generate
+from labkit.models.score import answer_logits, answer_logprob
 
-__all__ = ["GPT", "GPTConfig", "Generation", "KVCache", "document_mask", "generate", "sdpa_attention"]
+__all__ = ["GPT", "GPTConfig", "Generation", "KVCache", "answer_logits", "answer_logprob", "document_mask",
+           "generate", "sdpa_attention"]

@@ -5,6 +5,8 @@ It is allocated once at its full length; decoding then writes one column a step 
 inference: call the model under `torch.no_grad()`.
 """
 
+import copy
+
 import torch
 from torch import Tensor
 
@@ -16,6 +18,14 @@ class KVCache:
         shape = (config.layers, 2, batch, config.kv_heads, capacity, config.head_size)
         self.store_L2BJUK = torch.empty(shape, device=device, dtype=dtype)
         self.capacity, self.length = capacity, 0
+
+    def repeated(self, times: int) -> "KVCache":
+        """A cache with every row `times` times in a row: one prompt, computed once, for many answers."""
+        other = copy.copy(self)
+        L, two, B, J, U, K = self.store_L2BJUK.shape
+        other.store_L2BJUK = self.store_L2BJUK.new_empty(L, two, B * times, J, U, K)
+        other.store_L2BJUK[..., : self.length, :] = self.store_L2BJUK[..., : self.length, :].repeat_interleave(times, 2)
+        return other
 
     def extend(self, layer: int, k_BJTK: Tensor, v_BJTK: Tensor) -> tuple[Tensor, Tensor]:
         """Write T new positions of one layer behind the prefix; return that layer's whole keys and values."""

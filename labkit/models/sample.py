@@ -3,8 +3,8 @@
     p = softmax(logits / temperature), cut to the k likeliest (top-k) and to the smallest set that holds
     mass p (top-p, Holtzman et al., arXiv 1904.09751), then renormalised.
 
-The prefix is computed once (KVCache). The host asks the device only every sixteen steps whether all rows have
-stopped, because each question waits for the device.
+The prefix is computed once (KVCache), also where one prompt has many continuations. The host asks the device only every
+sixteen steps whether all rows have stopped, because each question waits for the device.
 """
 
 from dataclasses import dataclass
@@ -59,15 +59,16 @@ def draw(logits_BV: Tensor, *, temperature: float, top_k: int | None, top_p: flo
     return token_B, logprob_BV.gather(1, token_B[:, None]).squeeze(1)
 
 
-def check_settings(model: GPT, prompt_BT: Tensor, new: int, temperature: float, top_k, top_p) -> None:
+def check_settings(model: GPT, prompt_BT: Tensor, new: int, temperature: float, top_k, top_p,
+                   samples: int) -> None:
     """One sentence for each setting that cannot work."""
     if prompt_BT.shape[1] < 1:
         raise LabError("An empty prompt has no position to continue from.", "Begin it with the end-of-text token.")
     if prompt_BT.shape[1] + new > model.config.context + 1:
         raise LabError(f"A prompt of {prompt_BT.shape[1]} and {new} new tokens exceed a context of "
                        f"{model.config.context}.", "Ask for fewer tokens.")
-    if new < 1:
-        raise LabError(f"{new} new tokens cannot be drawn.", "Ask for at least one.")
+    if new < 1 or samples < 1:
+        raise LabError(f"{samples} x {new} new tokens cannot be drawn.", "Ask for at least one.")
     if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
         raise LabError(f"temperature {temperature}, top_k {top_k}, top_p {top_p} describe no distribution.",
                        "Use temperature >= 0, top_k >= 1 and 0 < top_p <= 1.")
@@ -76,8 +77,8 @@ def check_settings(model: GPT, prompt_BT: Tensor, new: int, temperature: float, 
 @torch.no_grad()  # not inference_mode: trainers use these tokens in a graph
 def generate(model: GPT, prompt_BT: Tensor, *, max_new_tokens: int, temperature: float = 1.0,
              top_k: int | None = None, top_p: float | None = None, stop_tokens: tuple[int, ...] = (),
-             generator: torch.Generator | None = None) -> Generation:
-    """Continue every prompt of a batch (all of one length).
+             generator: torch.Generator | None = None, samples: int = 1) -> Generation:
+    """Continue every prompt of a batch (all of one length), each `samples` times.
 
     Args:
         model: the decoder.
@@ -87,15 +88,17 @@ def generate(model: GPT, prompt_BT: Tensor, *, max_new_tokens: int, temperature:
         top_k, top_p: cut the distribution before drawing; None does not.
         stop_tokens: a row ends with the first of these.
         generator: of the draws, on the model's device.
+        samples: continuations of each prompt; row i continues prompt i // samples.
     Raises:
         LabError: the settings describe no distribution, or the text would not fit into the context.
     """
-    check_settings(model, prompt_BT, max_new_tokens, temperature, top_k, top_p)
-    B, T = prompt_BT.shape
+    check_settings(model, prompt_BT, max_new_tokens, temperature, top_k, top_p, samples)
+    N, T = prompt_BT.shape
+    B = N * samples
     device, dtype = prompt_BT.device, model.embedding.weight.dtype
     if torch.is_autocast_enabled(device.type):
         dtype = torch.get_autocast_dtype(device.type)
-    cache = KVCache(model.config, B, T + max_new_tokens, device=device, dtype=dtype)
+    cache = KVCache(model.config, N, T + max_new_tokens, device=device, dtype=dtype)
     stop_S = torch.tensor(stop_tokens, device=device, dtype=torch.long)
     fill = stop_tokens[0] if stop_tokens else 0
     tokens_BT = torch.full((B, max_new_tokens), fill, device=device)
@@ -105,6 +108,8 @@ def generate(model: GPT, prompt_BT: Tensor, *, max_new_tokens: int, temperature:
     step_input_BT = prompt_BT
     for step in range(max_new_tokens):
         logits_BV = model.head(model.trunk(model.embed(step_input_BT), cache=cache)[:, -1])
+        if step == 0 and samples > 1:
+            logits_BV, cache = logits_BV.repeat_interleave(samples, 0), cache.repeated(samples)
         token_B, logprob_B = draw(logits_BV, temperature=temperature, top_k=top_k, top_p=top_p, generator=generator)
         tokens_BT[:, step] = torch.where(stopped_B, fill, token_B)
         logprob_BT[:, step] = torch.where(stopped_B, 0.0, logprob_B)

@@ -1,19 +1,34 @@
 """One loop, and what is special about each way of training.
 
-schedule     learning rates as pure functions of the step
-loop         train: the loop that all trainers share; History, its plain table
-checkpoint   weights and optimizer in one safetensors file, whole or not at all
-pretrain     next-token training on windows of a text; held-out loss
+schedule       learning rates, and other numbers that move with time, as pure functions of the step
+loop           train: the loop that all trainers share; History, its plain tables
+checkpoint     weights and optimizer in one safetensors file, whole or not at all
+keep           Keep: every k-th checkpoint of a run, in memory or on disk
+pretrain       next-token training on windows of a text; held-out loss
 superposition  pre-training on bags of tokens (notebook 02)
-sft          supervised fine-tuning on prompts and answers
-sweep        many independent runs on the cores there are
+sft            supervised fine-tuning on prompts and answers
+imitate        supervised training on solutions that small worlds write
+rollout        answers that a policy draws, and what the verifier says; accuracy
+grpo           reinforcement learning with verifiable rewards
+distill        on-policy distillation
+extrapolate    a later checkpoint from early ones, without training (notebook 07)
+bases          the shipped decoders of English; world_bases: those of the small worlds
+sweep          many independent runs on the cores there are
 """
 
+from labkit.trainers.distill import DistillSettings, distill
+from labkit.trainers.extrapolate import Trajectory, extrapolate_rank1
+from labkit.trainers.grpo import GRPOSettings, grpo
+from labkit.trainers.imitate import Lesson, imitate
+from labkit.trainers.keep import Keep
 from labkit.trainers.loop import History, TrainSettings, train
 from labkit.trainers.pretrain import held_out_loss, pretrain
+from labkit.trainers.rollout import accuracy, roll_out
 from labkit.trainers.sft import Example, sft
 from labkit.trainers.superposition import Superposition, pretrain_superposed
 from labkit.trainers.sweep import run_all
+from labkit.trainers.world_bases import load_world_base
 
-__all__ = ["Example", "History", "Superposition", "TrainSettings", "held_out_loss", "pretrain", "pretrain_superposed",
-           "run_all", "sft", "train"]
+__all__ = ["DistillSettings", "Example", "GRPOSettings", "History", "Keep", "Lesson", "Superposition", "TrainSettings",
+           "Trajectory", "accuracy", "distill", "extrapolate_rank1", "grpo", "held_out_loss", "imitate",
+           "load_world_base", "pretrain", "pretrain_superposed", "roll_out", "run_all", "sft", "train"]

@@ -5,6 +5,7 @@ safetensors holds plain numbers and no code. A checkpoint remembers which run ma
 """
 
 import dataclasses
+import hashlib
 import json
 from pathlib import Path
 
@@ -23,8 +24,8 @@ def save_checkpoint(path: Path, model: nn.Module, optimizer, history, identity: 
     tensors = {f"model.{name}": value for name, value in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optimizer.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    tensors |= {f"history.train.{key}": as_column(value) for key, value in history.train.items()}
-    tensors |= {f"history.evaluations.{key}": as_column(value) for key, value in history.evaluations.items()}
+    for table in ("train", "evaluations", "rollouts"):
+        tensors |= {f"history.{table}.{key}": as_column(value) for key, value in getattr(history, table).items()}
     metadata = {"next_step": str(next_step), "identity": identity}
     with whole_file(path) as temporary:
         save_file({name: value.detach().contiguous() for name, value in tensors.items()}, temporary, metadata)
@@ -67,6 +68,14 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     except (SafetensorError, OSError, ValueError) as error:
         fix = "Delete it to start anew; if it belongs to the course: `git checkout -- data/checkpoints`."
         raise LabError(f"The file {path} is damaged ({error}).", fix) from None
+
+
+def fingerprint(model: GPT) -> str:
+    """Shape and weights of a model as a short text, so that a run knows the models it began with."""
+    digest = hashlib.sha256(str(model.config).encode())
+    for weight in model.state_dict().values():
+        digest.update(weight.detach().cpu().float().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def save_model(path: Path, model: GPT, **notes: str) -> None:

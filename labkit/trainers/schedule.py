@@ -27,3 +27,18 @@ def learning_rate_factor(step: int, steps: int, *, warmup: int, kind: str = "wsd
     if kind == "wsd" and decay > 0:
         return min(1.0, (steps - step) / (decay * steps))
     return 1.0
+
+
+SHAPES = {"linear": lambda u: u, "sine": lambda u: math.sin(math.pi * u / 2), "square": lambda u: u**2,
+          "cube": lambda u: u**3}
+
+
+def annealed(step: int, steps: int, start: float, end: float, shape: str = "linear") -> float:
+    """start + (end - start) f(u), u = min(1, step / steps): an exponent or any other number that moves with time.
+
+    f is u, sin(pi u / 2), u^2 or u^3. HölderPO (arXiv 2605.12058) anneals its exponent linearly from 2 to -2; its Table
+    5 names the other three shapes, whose formulas we did not find.
+    """
+    if shape not in SHAPES:
+        raise LabError(f"There is no shape {shape!r}.", f"Choose one of {', '.join(SHAPES)}.")
+    return start + (end - start) * SHAPES[shape](min(1.0, step / steps))

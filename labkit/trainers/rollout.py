@@ -1,0 +1,46 @@
+"""Rollouts: answers that a policy draws for problems of a world, and what the verifier says of them.
+
+Each prompt is computed once and answered `samples` times (a group). What a round draws depends on the weights, the seed
+and the number of the round alone, so an interrupted run meets the same problems and the same dice again.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from labkit.data import generator_for
+from labkit.models import GPT, generate
+from labkit.tasks import World, answer_mask
+from labkit.tasks.alphabet import END
+
+
+@dataclass
+class Rollout:
+    """B = N * G answers, the G of one prompt next to each other."""
+
+    prompt_BT: Tensor
+    answer_BA: Tensor
+    mask_BA: Tensor  # True from the first answer token to END, that included; all of a truncated answer
+    sampled_logp_BA: Tensor  # under the policy that drew them, in the precision of sampling
+    reward_B: Tensor  # 1 where the verifier says so, else 0
+
+
+@torch.no_grad()
+def roll_out(model: GPT, world: World, *, prompts: int, samples: int, seed: int, step: int, split: str = "train",
+             temperature: float = 1.0) -> Rollout:
+    """Draw `samples` answers for each of `prompts` problems of one side, on the model's device."""
+    device = model.embedding.weight.device
+    prompt_NT = world.problems(prompts, split=split, seed=seed, step=step).to(device)
+    drawn = generate(model, prompt_NT, max_new_tokens=world.answer_length, temperature=temperature, stop_tokens=(END,),
+                     generator=generator_for(seed, step, 1, device=device), samples=samples)
+    prompt_BT = prompt_NT.repeat_interleave(samples, 0)
+    reward_B = world.verify(prompt_BT, drawn.tokens_BT).float()
+    return Rollout(prompt_BT, drawn.tokens_BT, answer_mask(drawn.tokens_BT), drawn.logprob_BT, reward_B)
+
+
+def accuracy(model: GPT, world: World, *, problems: int = 1000, split: str = "test", temperature: float = 1.0,
+             seed: int = 0) -> float:
+    """Share of right answers, one drawn for each of `problems` problems. Standard error: sqrt(a (1 - a) / problems)."""
+    drawn = roll_out(model, world, prompts=problems, samples=1, seed=seed, step=0, split=split, temperature=temperature)
+    return float(drawn.reward_B.mean())
