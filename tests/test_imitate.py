@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import importlib
 import itertools
 import shutil
 
@@ -18,6 +19,7 @@ from labkit.trainers import Keep, Lesson, TrainSettings, accuracy, imitate, load
 from labkit.trainers.imitate import lesson_batch, rows_of
 from labkit.trainers.world_bases import FOLDER, WORLD_BASES, world_recipe
 
+trainer = importlib.import_module("labkit.trainers.imitate")  # the name in the package is the function
 COPY, SORT = DigitList("copy", 1), DigitList("sort", 3)
 CONFIG = GPTConfig(VOCAB, context=12, width=16, layers=1, heads=2)
 SETTINGS = TrainSettings(12, 1e-2, batch=8, warmup=3, checkpoint_every=5)
@@ -128,6 +130,15 @@ def test_the_loss_is_the_mean_over_answer_tokens():
     assert loss == pytest.approx([sum(surprise) / len(surprise)], abs=1e-5)
 
 
+def test_each_step_reads_its_own_batch(monkeypatch):
+    """Step n learns from the batch of (seed, n), nothing is read twice: a fixed batch would be learned by heart."""
+    asked = []
+    monkeypatch.setattr(trainer, "lesson_batch", lambda lessons, batch, **at: asked.append((batch, at))
+                        or lesson_batch(lessons, batch, **at))
+    imitate(GPT(CONFIG), LESSONS, dataclasses.replace(SETTINGS, seed=4))
+    assert asked == [(8, {"seed": 4, "step": step}) for step in range(12)]
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 @pytest.mark.parametrize("stop", [5, 8])
 def test_resumed_equals_unbroken_bitwise(tmp_path, monkeypatch, optimizer, stop):
@@ -222,6 +233,19 @@ def test_kept_in_half_the_size(tmp_path):
     assert all(p.dtype == torch.float32 for p in model.parameters())
     with pytest.raises(LabError, match="cannot be kept"):
         Keep(0)
+
+
+def test_a_resumed_run_finds_its_earlier_checkpoints_or_says_that_they_are_lost(tmp_path):
+    """A Keep that first hears of step 6 takes steps 2 and 4 from its folder; without one the gap is not passed over,
+    since an extrapolation would take step 6 for the first."""
+    model = GPT(CONFIG)
+    for step in (2, 4):
+        Keep(2, tmp_path)(model, step)
+    resumed = Keep(2, tmp_path)
+    resumed(model, 6)
+    assert resumed.steps == [2, 4, 6] and len(list(resumed)) == 3
+    with pytest.raises(LabError, match="goes on at step 6"):
+        Keep(2)(model, 6)
 
 
 def test_keeping_changes_no_weight():

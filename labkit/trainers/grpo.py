@@ -140,8 +140,10 @@ def collect(model: GPT, world: World, settings: GRPOSettings, round_: int, refer
     logp_BA, entropy_BA = answer_logprob(model, drawn.prompt_BT, drawn.answer_BA, temperature=settings.temperature)
     reference_BA = None if reference is None else answer_logprob(
         reference, drawn.prompt_BT, drawn.answer_BA, temperature=settings.temperature)[0]
-    return Batch(drawn, advantage_B, logp_BA, reference_BA, kept_B, facts_of(drawn, entropy_BA, settings.samples),
-                 time.perf_counter() - start)
+    facts = facts_of(drawn, entropy_BA, settings.samples)
+    if drawn.reward_B.is_cuda:
+        torch.cuda.synchronize(drawn.reward_B.device)  # else the clock would stop before the GPU does
+    return Batch(drawn, advantage_B, logp_BA, reference_BA, kept_B, facts, time.perf_counter() - start)
 
 
 def facts_of(drawn: Rollout, entropy_BA: Tensor, samples: int) -> dict[str, Tensor]:

@@ -31,15 +31,29 @@ class Keep:
     def __call__(self, model: nn.Module, step: int) -> None:
         if step % self.every:
             return
+        if not self.steps and step > self.every:
+            self._find_earlier(step)
         state = {name: weight.detach().to("cpu", self.dtype or weight.dtype, copy=True)
                  for name, weight in model.state_dict().items()}
-        if self.folder is not None:
-            path = Path(self.folder) / f"step-{step:06d}.safetensors"
+        path = self._path(step)
+        if path is not None:
             with whole_file(path) as temporary:
                 save_file(state, temporary)
             state = path
         self.steps.append(step)
         self._states.append(state)
+
+    def _find_earlier(self, step: int) -> None:
+        """A run that goes on where it was interrupted: its earlier checkpoints are in the folder, or are lost."""
+        steps = list(range(self.every, step, self.every))
+        paths = [self._path(earlier) for earlier in steps]
+        if not all(path is not None and path.exists() for path in paths):
+            raise LabError(f"The run goes on at step {step}, and its checkpoints before that were not kept.",
+                           "Keep them in a folder, or start the run anew.")
+        self.steps, self._states = steps, paths
+
+    def _path(self, step: int) -> Path | None:
+        return None if self.folder is None else Path(self.folder) / f"step-{step:06d}.safetensors"
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -14,6 +14,8 @@ from labkit.models import GPT, generate
 from labkit.tasks import World, answer_mask
 from labkit.tasks.alphabet import END
 
+DICE = 3  # a stream of its own: World.problems draws from 0, 1 and 2, one for each side
+
 
 @dataclass
 class Rollout:
@@ -33,7 +35,7 @@ def roll_out(model: GPT, world: World, *, prompts: int, samples: int, seed: int,
     device = model.embedding.weight.device
     prompt_NT = world.problems(prompts, split=split, seed=seed, step=step).to(device)
     drawn = generate(model, prompt_NT, max_new_tokens=world.answer_length, temperature=temperature, stop_tokens=(END,),
-                     generator=generator_for(seed, step, 1, device=device), samples=samples)
+                     generator=generator_for(seed, step, DICE, device=device), samples=samples)
     prompt_BT = prompt_NT.repeat_interleave(samples, 0)
     reward_B = world.verify(prompt_BT, drawn.tokens_BT).float()
     return Rollout(prompt_BT, drawn.tokens_BT, answer_mask(drawn.tokens_BT), drawn.logprob_BT, reward_B)
