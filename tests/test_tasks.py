@@ -626,6 +626,26 @@ def test_countdown_draws_any_right_expression():
         world.solve(rows("1,1,1:99="), "right", seeded())
 
 
+def test_countdown_counts_how_often_a_number_is_used():
+    """With 2, 2, 1 both numbers occur in 2+1+1 and 1+2+1, and the value is right; only 2*2*1 uses them as given."""
+    answers = rows("2*2*1$", "2+1+1$", "1+2+1$", "2*1*2$")
+    assert Countdown().verify(rows("2,2,1:04=").repeat(4, 1), answers).tolist() == [True, False, False, True]
+
+
+def test_countdown_reads_no_negative_ids():
+    """Ids below 0 beside as many digits as a right answer has, where the reader expects a number: wrong, no crash."""
+    hostile = torch.tensor([[-1, -1, 0, 3, 1, 1, END], [0, -3, 3, 1, 1, END, END], [0, 3, -1, 1, 1, END, END]])
+    assert not Countdown(2, 12).verify(rows("03,11:33=").repeat(3, 1), hostile).any()
+
+
+def test_countdown_writes_the_shortest_expression():
+    """No expression that "any" draws for 300 problems is shorter than the one of "right"; some are longer."""
+    world = Countdown(4)
+    prompt_NT = world.problems(300)
+    right_N, any_N = (answer_lengths(world.solve(prompt_NT, dialect, seeded()))[0] for dialect in ("right", "any"))
+    assert (right_N <= any_N).all() and (right_N < any_N).any()
+
+
 def test_countdown_numbers_and_targets_are_in_range():
     """Numbers from 1 to the largest, all of them; targets from 1 to the largest target, with both brackets needed."""
     world = Countdown(3, 12, largest_target=150)
