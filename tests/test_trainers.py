@@ -239,6 +239,38 @@ def test_forked_runs_return_models_and_a_killed_one_is_named():
         run_all({seed: lambda: os.kill(os.getpid(), signal.SIGKILL) for seed in seeds}, cpu, workers=2)
 
 
+@pytest.mark.skipif(not sweep.can_fork(torch.device("cpu")), reason="workers are threads here")
+def test_workers_end_with_the_process_that_started_them(tmp_path):
+    """A sweep whose process is killed leaves no worker behind: the pids they wrote are gone a moment later."""
+    program = f"""
+import os, pathlib, time, torch
+from labkit.trainers import run_all
+def run(seed):
+    pathlib.Path({str(tmp_path)!r}, str(os.getpid())).touch()
+    time.sleep(60)
+run_all({{seed: lambda seed=seed: run(seed) for seed in range(2)}}, torch.device("cpu"), workers=2)
+"""
+    process = subprocess.Popen([sys.executable, "-c", program], cwd=Path(__file__).parent.parent)
+    deadline = time.monotonic() + 120
+    while len(list(tmp_path.iterdir())) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    pids = [int(path.name) for path in tmp_path.iterdir()]
+    assert len(pids) == 2
+    while any(is_running(pid) for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(is_running(pid) for pid in pids)
+
+
+def is_running(pid):
+    """Whether a process exists and is no zombie that waits for its parent."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
 def test_saved_model_is_the_model(tmp_path):
     """Weights, shape and notes come back; a file without a shape, or none at all, is refused."""
     model, path = GPT(CONFIG), tmp_path / "model.safetensors"

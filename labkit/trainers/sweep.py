@@ -6,15 +6,16 @@ spends half its time in Python, which only one of them may run. Elsewhere they a
 after the other. Every run depends on its own settings alone, so order, kind and number of workers change no result.
 """
 
-import contextlib
+import ctypes
 import io
 import multiprocessing
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Callable, Hashable, Iterator, Mapping
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ThreadPoolExecutor, as_completed
+from multiprocessing.connection import Connection, wait
 from typing import TypeVar
 
 import torch
@@ -25,7 +26,7 @@ from labkit.progress import bar, hidden_bars
 
 Key = TypeVar("Key", bound=Hashable)
 Result = TypeVar("Result")
-_runs: list[Callable[[], object]] = []  # what a forked worker finds in its copy of this process
+PR_SET_PDEATHSIG = 1  # from linux/prctl.h
 
 
 def workers_for(device: torch.device) -> int:
@@ -41,41 +42,80 @@ def without_bar(run: Callable[[], Result]) -> Result:
         return run()
 
 
-def in_a_fork(place: int) -> bytes:
-    """One run in a worker process; its result as bytes, which cost one copy and no shared memory for each tensor."""
-    torch.set_num_threads(1)
-    buffer = io.BytesIO()
-    torch.save(without_bar(_runs[place]), buffer)
-    return buffer.getvalue()
-
-
 def can_fork(device: torch.device) -> bool:
     """Linux without a GPU in use: a fork of a process that has spoken to CUDA cannot speak to it again."""
     return sys.platform == "linux" and device.type == "cpu" and not torch.cuda.is_initialized()
 
 
-@contextlib.contextmanager
-def pool_of(runs: list[Callable[[], object]], workers: int,
-            device: torch.device) -> Iterator[tuple[Executor, Callable[[int], Future]]]:
-    """Workers, and how to hand them the run at a place. Forked workers find the runs where this process left them."""
-    if workers == 1 or not can_fork(device):
-        with ThreadPoolExecutor(workers) as pool:
-            yield pool, lambda place: pool.submit(without_bar, runs[place])
-        return
-    _runs[:] = runs
+def in_a_fork(run: Callable[[], object], pipe: Connection) -> None:
+    """One run in a process of its own: what it returns or raises goes back as bytes, in one copy."""
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)  # else a killed notebook leaves it computing for nobody
+    torch.set_num_threads(1)
     try:
-        with warnings.catch_warnings(), ProcessPoolExecutor(workers, multiprocessing.get_context("fork")) as pool:
-            # Python 3.12 warns of any fork beside threads; the children run torch on one thread and touch no other
-            warnings.simplefilter("ignore", DeprecationWarning)
-            yield pool, lambda place: pool.submit(in_a_fork, place)
+        outcome = True, without_bar(run)
+    except Exception as error:
+        outcome = False, error
+    buffer = io.BytesIO()
+    torch.save(outcome, buffer)
+    pipe.send_bytes(buffer.getvalue())
+
+
+def start_fork(run: Callable[[], object]) -> tuple[Connection, multiprocessing.Process]:
+    """A child that computes `run`, and the pipe on which its outcome will come."""
+    context = multiprocessing.get_context("fork")
+    ours, theirs = context.Pipe(duplex=False)
+    process = context.Process(target=in_a_fork, args=(run, theirs))
+    with warnings.catch_warnings():  # Python 3.12 warns of any fork beside threads; the child touches none of them
+        warnings.simplefilter("ignore", DeprecationWarning)
+        process.start()
+    theirs.close()  # the child has the only other copy, so its death closes the pipe
+    return ours, process
+
+
+def outcome_of(pipe: Connection, process: multiprocessing.Process) -> object:
+    """What a child returned; what it raised is raised here."""
+    try:
+        data = pipe.recv_bytes()
+    except EOFError:
+        raise LabError("A run was killed, probably because memory ran out.",
+                       "Close other programs, or choose a smaller scale.") from None
     finally:
-        _runs.clear()
+        pipe.close()
+        process.join()
+    returned, value = torch.load(io.BytesIO(data), weights_only=False)
+    if not returned:
+        raise value
+    return value
 
 
-def result_of(future: Future) -> object:
-    """What a run returned, by either kind of worker."""
-    value = future.result()
-    return torch.load(io.BytesIO(value), weights_only=False) if isinstance(value, bytes) else value
+def forked(runs: Mapping[Key, Callable[[], Result]], workers: int) -> Iterator[tuple[Key, Result]]:
+    """Each run in a fork, `workers` at a time, as they finish. (Python's process pool shares locks among its workers;
+    with forks and an early end it has been seen to hang.)"""
+    waiting, running = list(reversed(runs.items())), {}
+    try:
+        while waiting or running:
+            while waiting and len(running) < workers:
+                key, run = waiting.pop()
+                pipe, process = start_fork(run)
+                running[pipe] = key, process
+            for pipe in wait(list(running)):
+                key, process = running.pop(pipe)
+                yield key, outcome_of(pipe, process)
+    finally:
+        for _, process in running.values():
+            process.kill()
+            process.join()
+
+
+def threaded(runs: Mapping[Key, Callable[[], Result]], workers: int) -> Iterator[tuple[Key, Result]]:
+    """The same in threads of this process."""
+    with ThreadPoolExecutor(workers) as pool:
+        keys = {pool.submit(without_bar, run): key for key, run in runs.items()}
+        try:
+            for future in as_completed(keys):
+                yield keys[future], future.result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
 
 
 def run_all(runs: Mapping[Key, Callable[[], Result]], device: torch.device, *, workers: int | None = None,
@@ -88,16 +128,10 @@ def run_all(runs: Mapping[Key, Callable[[], Result]], device: torch.device, *, w
     keep_freed_memory()
     torch.set_num_threads(1)
     workers = min(workers or workers_for(device), max(1, len(runs)))
-    with (bar(len(runs), label, unit="run") as progress,
-          pool_of(list(runs.values()), workers, device) as (pool, submit)):
-        futures = {key: submit(place) for place, key in enumerate(runs)}
-        try:
-            for future in as_completed(futures.values()):
-                future.result()
-                progress.update(1)  # from this thread: a notebook's bar does not like others
-        except BrokenProcessPool:
-            raise LabError("A run was killed, probably because memory ran out.",
-                           "Close other programs, or choose a smaller scale.") from None
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
-        return {key: result_of(future) for key, future in futures.items()}
+    finished = forked if workers > 1 and can_fork(device) else threaded
+    results = {}
+    with bar(len(runs), label, unit="run") as progress:
+        for key, result in finished(runs, workers):
+            results[key] = result
+            progress.update(1)  # from this thread: a notebook's bar does not like others
+    return {key: results[key] for key in runs}
