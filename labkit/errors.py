@@ -13,6 +13,10 @@ class LabError(Exception):
         super().__init__(f"{problem} {fix}")
         self.problem, self.fix = problem, fix
 
+    def __reduce__(self) -> tuple:
+        """A worker process sends its exception by pickle, which would call LabError with the joined text alone."""
+        return type(self), (self.problem, self.fix)
+
     def _render_traceback_(self) -> list[str]:
         """IPython calls this instead of printing a traceback."""
         return [f"LabError: {self.problem}", f"  To mend it: {self.fix}"]

@@ -229,6 +229,17 @@ def test_order_and_workers_change_nothing():
             run_all({0: fails, 1: runs[1]}, cpu, workers=workers)
 
 
+def test_a_sentence_for_the_learner_arrives_from_a_worker_process():
+    """Without LabError's own pickling the learner would read of a missing argument `fix` instead of the sentence."""
+    def fails():
+        raise LabError("Too few steps.", "Use more.")
+
+    for workers in (1, 2):
+        with pytest.raises(LabError, match=r"^Too few steps\. Use more\.$") as caught:
+            run_all({0: fails, 1: fails}, torch.device("cpu"), workers=workers)
+        assert (caught.value.problem, caught.value.fix) == ("Too few steps.", "Use more.")
+
+
 @pytest.mark.skipif(not sweep.can_fork(torch.device("cpu")), reason="workers are threads here")
 def test_forked_runs_return_models_and_a_killed_one_is_named():
     """Models cross the border between processes unchanged; a worker that dies is a sentence, not a hanging sweep."""
