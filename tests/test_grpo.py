@@ -253,7 +253,7 @@ def test_runs_side_by_side_change_nothing():
         return weights(model), history.rollouts["reward"]
 
     runs = {seed: functools.partial(run, seed) for seed in (0, 1)}
-    trained_base()  # before the fork, once for both
+    trained_base()  # once for both
     cpu = torch.device("cpu")
     apart, together = run_all(runs, cpu, workers=1), run_all(runs, cpu, workers=2)
     for seed in runs:

@@ -8,7 +8,7 @@ import re
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from labkit.errors import LabError
@@ -253,6 +253,9 @@ def test_opposite_exponents_are_dual():
 
 
 @settings(max_examples=150)
+@example(log_ratios=[0.0], p=2.2250738585e-313, A=-2.0, arm="holder")  # its reciprocal overflows
+@example(log_ratios=[100.0, 99.0], p=1e-9, A=-2.0, arm="holder")
+@example(log_ratios=[100.0, 99.0], p=-2e-7, A=-2.0, arm="holder")
 @given(log_ratios=st.lists(st.floats(-100, 100), min_size=1, max_size=6),
        p=st.sampled_from(EXPONENTS) | st.floats(-8, 8), A=st.sampled_from([-2.0, -1.0, 1.0, 0.5]),
        arm=st.sampled_from(["grpo", "dr_grpo", "dapo", "gmpo", "gspo", "holder", "holder token"]))

@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -15,6 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from labkit.errors import LabError
+from labkit.measure import memory
 from labkit.measure.flops import forward_flops, training_flops
 from labkit.models import GPT, GPTConfig, generate
 from labkit.trainers import (
@@ -27,7 +29,6 @@ from labkit.trainers import (
     pretrain_superposed,
     run_all,
     sft,
-    sweep,
     train,
 )
 from labkit.trainers.checkpoint import load_model, save_model
@@ -240,17 +241,32 @@ def test_a_sentence_for_the_learner_arrives_from_a_worker_process():
         assert (caught.value.problem, caught.value.fix) == ("Too few steps.", "Use more.")
 
 
-@pytest.mark.skipif(not sweep.can_fork(torch.device("cpu")), reason="workers are threads here")
-def test_forked_runs_return_models_and_a_killed_one_is_named():
+def test_workers_return_models_and_a_killed_one_is_named():
     """Models cross the border between processes unchanged; a worker that dies is a sentence, not a hanging sweep."""
     cpu, seeds = torch.device("cpu"), (3, 4)
     models = run_all({seed: lambda seed=seed: GPT(CONFIG, seed=seed) for seed in seeds}, cpu, workers=2)
     assert all(torch.equal(weights(models[seed]), weights(GPT(CONFIG, seed=seed))) for seed in seeds)
     with pytest.raises(LabError, match="was killed"):
         run_all({seed: lambda: os.kill(os.getpid(), signal.SIGKILL) for seed in seeds}, cpu, workers=2)
+    assert run_all({seed: lambda seed=seed: seed for seed in seeds}, cpu, workers=2) == {3: 3, 4: 4}  # after all that
 
 
-@pytest.mark.skipif(not sweep.can_fork(torch.device("cpu")), reason="workers are threads here")
+def test_what_cannot_be_sent_to_a_worker_is_named():
+    """A run that holds a lock (an open file, a widget) is a sentence that names it, and the sweep still ends."""
+    lock = threading.Lock()
+    with pytest.raises(LabError, match="another process: TypeError: cannot pickle '_thread.lock'"):
+        run_all({seed: lambda: lock for seed in (0, 1)}, torch.device("cpu"), workers=2)
+
+
+def test_memory_of_the_largest_worker_counts(monkeypatch):
+    """A worker that holds 1 GB raises the peak by at least that, though this process never held it."""
+    monkeypatch.setattr(memory, "_workers", [0.0])
+    cpu, before = torch.device("cpu"), memory.peak_gigabytes(torch.device("cpu"))
+    run_all({seed: lambda: float(torch.ones(250_000_000).sum()) for seed in (0, 1)}, cpu, workers=2)
+    assert before + 1 < memory.peak_gigabytes(cpu) < before + 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux tells a process that its parent has ended")
 def test_workers_end_with_the_process_that_started_them(tmp_path):
     """A sweep whose process is killed leaves no worker behind: the pids they wrote are gone a moment later."""
     program = f"""

@@ -122,8 +122,9 @@ def log_power_mean(l_M: Tensor, counts_M: Tensor, owner_M: Tensor, p_B: Tensor) 
     x_M = p_B[owner_M] * c_M
     near_B = largest(x_M.abs()) < 0.5
     near_M, peak_B = near_B[owner_M], largest(x_M)
-    p_safe_B = torch.where(p_B == 0, 1.0, p_B)
-    near = torch.where(p_B == 0, mean(c_M), mean(torch.where(near_M, x_M, 0.0).expm1()).log1p() / p_safe_B)
+    flat_B = p_B.abs() < torch.finfo(p_B.dtype).eps  # as good as 0 for |c| up to 100; the gradient divides by p
+    p_safe_B = torch.where(flat_B, 1.0, p_B)
+    near = torch.where(flat_B, mean(c_M), mean(torch.where(near_M, x_M, 0.0).expm1()).log1p() / p_safe_B)
     far = (peak_B + mean((torch.where(near_M, 0.0, x_M) - peak_B[owner_M]).exp()).clamp(min=1e-30).log()) / p_safe_B
     return mu_B + torch.where(near_B, near, far), n_B
 

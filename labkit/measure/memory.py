@@ -4,13 +4,21 @@ import sys
 
 import torch
 
+_workers = [0.0]
+
+
+def held_by_worker(gigabytes: float) -> None:
+    """Note the peak of another process that computed for this one: a worker of a sweep."""
+    _workers[0] = max(_workers[0], gigabytes)
+
 
 def peak_gigabytes(device: torch.device) -> float:
     """On a GPU the peak of PyTorch's allocator; on a CPU the peak resident size of this process since its start, plus
-    that of its largest child: the runs of a sweep are forks, which share the parent's pages and add their own."""
+    that of the largest worker it has had."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     import resource  # not on Windows, where the course runs inside WSL
 
-    peak = sum(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
-    return peak / 1e9 if sys.platform == "darwin" else peak * 1024 / 1e9  # macOS counts bytes, Linux kibibytes
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # macOS counts bytes, Linux kibibytes
+    return peak * unit / 1e9 + _workers[0]

@@ -46,7 +46,7 @@ PUBLISHED_CLIPS = {  # the bounds of each method's authors, as arguments: policy
     "holder": {"clip_low": 0.2, "clip_high": 0.2},
 }
 STD_FLOOR = 1e-6
-LARGEST_LOG_RATIO = {torch.float32: 70.0, torch.float64: 700.0}  # the reference divides exp(l) by a p as small as 1e-7
+LARGEST_LOG_RATIO = {torch.float32: 70.0, torch.float64: 650.0}  # the reference divides exp(l) by p, down to eps
 LARGEST_EXPONENT = 20.0  # exp(20) is 5e8
 
 
@@ -69,7 +69,7 @@ def policy_loss(logp_BT: Tensor, old_logp_BT: Tensor, advantage_B: Tensor, mask_
     Returns:
         (loss, stats). The loss is a mean over all B sequences, where one without a counted token adds 0; in fp32
         (float64 for float64 logp_BT). It and its gradient stay finite: a ratio above exp(70) counts as exp(70), in its
-        gradient too (in fp32 exp(88) overflows; float64 has room until exp(700)). stats holds detached scalars:
+        gradient too (in fp32 exp(88) overflows; float64 goes on until exp(650)). stats holds detached scalars:
         clip_fraction: of the tokens (sequences, where M is cut), those whose gradient the clip cuts off.
         ratio_max, ratio_min, log_ratio_mean: over the counted tokens, before any cut; 1, 1 and 0 if there are none.
         weight_entropy, effective_tokens: H(W) in nats and 1 / sum W^2 with W = softmax(p l) before any cut, the
