@@ -12,7 +12,7 @@ from labkit.models.attention import document_mask, sdpa_attention
 from labkit.models.cache import KVCache
 from labkit.models.gpt import GPT, GPTConfig
 from labkit.models.sample import Generation, generate
-from labkit.models.score import answer_logits, answer_logprob
+from labkit.models.score import answer_hidden, answer_logits, answer_logprob
 
-__all__ = ["GPT", "GPTConfig", "Generation", "KVCache", "answer_logits", "answer_logprob", "document_mask",
-           "generate", "sdpa_attention"]
+__all__ = ["GPT", "GPTConfig", "Generation", "KVCache", "answer_hidden", "answer_logits", "answer_logprob",
+           "document_mask", "generate", "sdpa_attention"]

@@ -216,10 +216,14 @@ class GPT(nn.Module):
             cache.advance(x_BTD.shape[1])
         return self.norm(x_BTD)
 
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix [V, D] of the head; a tied head reads the embedding."""
+        return self.embedding.weight if self.unembedding is None else self.unembedding.weight
+
     def head(self, hidden: Tensor) -> Tensor:
-        """Logits from normed hidden states; a tied head reads the embedding matrix."""
-        weight_VD = self.embedding.weight if self.unembedding is None else self.unembedding.weight
-        return F.linear(hidden, weight_VD)
+        """Logits from normed hidden states."""
+        return F.linear(hidden, self.head_weight)
 
     def count_parameters(self) -> int:
         """Trainable numbers; a tied matrix counts once."""

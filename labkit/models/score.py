@@ -12,11 +12,15 @@ from labkit.kernels.token_logprob import token_logprob
 from labkit.models.gpt import GPT
 
 
-def answer_logits(model: GPT, prompt_NT: Tensor, answer_NA: Tensor) -> Tensor:
-    """Logits that predict each answer token, [N, A, V]; prompts all have one length."""
+def answer_hidden(model: GPT, prompt_NT: Tensor, answer_NA: Tensor) -> Tensor:
+    """Normed hidden states that predict each answer token, [N, A, D]; prompts all have one length."""
     tokens_NT = torch.cat((prompt_NT, answer_NA[:, :-1]), 1)  # the last token predicts nothing
-    hidden_NTD = model.trunk(model.embed(tokens_NT))
-    return model.head(hidden_NTD[:, prompt_NT.shape[1] - 1 :])
+    return model.trunk(model.embed(tokens_NT))[:, prompt_NT.shape[1] - 1 :]
+
+
+def answer_logits(model: GPT, prompt_NT: Tensor, answer_NA: Tensor) -> Tensor:
+    """Logits that predict each answer token, [N, A, V]."""
+    return model.head(answer_hidden(model, prompt_NT, answer_NA))
 
 
 def answer_logprob(model: GPT, prompt_NT: Tensor, answer_NA: Tensor, *,

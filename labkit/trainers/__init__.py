@@ -10,20 +10,22 @@ sft            supervised fine-tuning on prompts and answers
 imitate        supervised training on solutions that small worlds write
 rollout        answers that a policy draws, and what the verifier says; accuracy
 grpo           reinforcement learning with verifiable rewards
-distill        on-policy distillation
+distill        on-policy distillation; distill_settings, distill_losses: its settings and the loss of a rollout
 extrapolate    a later checkpoint from early ones, without training (notebook 07)
 bases          the shipped decoders of English; world_bases: those of the small worlds
+recipes        how those are made, as data; sum_bases: the recipes of labs 09 to 12
 sweep          many independent runs on the cores there are
 """
 
-from labkit.trainers.distill import DistillSettings, distill
+from labkit.trainers.distill import distill
+from labkit.trainers.distill_settings import DistillSettings
 from labkit.trainers.extrapolate import Trajectory, extrapolate_rank1
 from labkit.trainers.grpo import GRPOSettings, grpo
 from labkit.trainers.imitate import Lesson, imitate
 from labkit.trainers.keep import Keep
 from labkit.trainers.loop import History, TrainSettings, train
 from labkit.trainers.pretrain import held_out_loss, pretrain
-from labkit.trainers.rollout import accuracy, roll_out
+from labkit.trainers.rollout import accuracy, roll_out, written
 from labkit.trainers.sft import Example, sft
 from labkit.trainers.superposition import Superposition, pretrain_superposed
 from labkit.trainers.sweep import run_all
@@ -31,4 +33,5 @@ from labkit.trainers.world_bases import load_world_base
 
 __all__ = ["DistillSettings", "Example", "GRPOSettings", "History", "Keep", "Lesson", "Superposition", "TrainSettings",
            "Trajectory", "accuracy", "distill", "extrapolate_rank1", "grpo", "held_out_loss", "imitate",
-           "load_world_base", "pretrain", "pretrain_superposed", "roll_out", "run_all", "sft", "train"]
+           "load_world_base", "pretrain", "pretrain_superposed", "roll_out", "run_all", "sft", "train",
+           "written"]
