@@ -11,6 +11,13 @@ _FILES = {  # file of this room -> its public names
     "trajectory": ["explained_variance", "linearity", "over_tensors", "random_walk_null"],
     "gradient_variance": ["fisher_diagonal", "holder_coefficients", "sequence_variance", "token_gram"],
     "distance": ["bootstrap_r2", "forward_kl", "quadratic_fit", "reverse_kl", "sequence_kl", "spearman"],
+    "menu": ["menu_overlap", "nucleus_overlap"],
+    "repetition": ["advantage_by_repetition", "looped_weight_share", "periodic_tail", "repetition_ratio",
+                   "repetition_share", "truncation_share"],
+    "coherence": ["coherence_by", "gradient_coherence", "head_coherence", "norm_split", "permuted_teacher",
+                  "position_gradients", "sketched_gradients"],
+    "continuation": ["continuation_advantage", "continue_prefixes"],
+    "diagnosis": ["diagnose_distillation"],
 }
 _HOME = {name: file for file, names in _FILES.items() for name in names}
 

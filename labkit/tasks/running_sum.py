@@ -4,12 +4,15 @@
                              l55k20i66g32:2$    B: from right to left, with other fillers, two of them A's
                              a3tb6sa2ue5s:2$    C: as A, but the sums so far in letters (q is 0, r is 1 …)
                              :2$                direct: the answer at once
+                             l33k62i24g52:2$    drift: A's steps in B's fillers: no error, only a foreign style
     with WAIT:               a33b65?2a24 …      a sum so far may be stated again after "?"
 
 What counts as right: exactly one ":", behind it the true sum and END; before it anything made of fillers, numbers
 below m, sum letters and "?", or nothing. How the chain is written is free, which is what makes languages of it.
 A teacher of another language is good at the task and strange to the student: the labs on on-policy distillation ask
-what that costs. Slips and WAIT make the corpus of the lab on growing answers: a wrong sum is mostly noticed.
+what that costs. Slips and WAIT make the corpus of the lab on growing answers: a wrong sum is mostly noticed. It teaches
+to take back the sum that was written last, whoever wrote it; what comes after builds on a sum, right or wrong, and an
+older one is never stated again.
 Source: the pilots of the labs on on-policy distillation (the microworld).
 """
 
@@ -39,9 +42,10 @@ class RunningSum(World):
     "direct" never slips. With all four at 0 every dialect is right.
     """
 
-    dialects = ("A", "B", "C", "direct")
+    dialects = ("A", "B", "C", "direct", "drift")
     # the soft menus: probabilities of the twelve FILLERS; A and B share two of them
-    fillers: ClassVar[dict[str, tuple[float, ...]]] = {"A": FORWARD, "B": FORWARD[::-1], "C": FORWARD}
+    fillers: ClassVar[dict[str, tuple[float, ...]]] = {"A": FORWARD, "B": FORWARD[::-1], "C": FORWARD,
+                                                    "drift": FORWARD[::-1]}
 
     def __init__(self, length: int = 4, modulus: int = 7, *, slip: float = 0.0, wait_wrong: float = 0.0,
                  wait_right: float = 0.0, retry_slip: float = 0.0):
@@ -107,12 +111,46 @@ class RunningSum(World):
         last_N3 = token_NA.gather(1, (length_N[:, None] - torch.tensor([3, 2, 1], device=length_N.device)).clamp(min=0))
         true_N = prompt_NT[:, :-1].sum(1) % self.modulus
         form_N = (last_N3[:, 0] == ANSWER) & ((token_NA == ANSWER).sum(1) == 1)
-        return ended_N & form_N & (last_N3[:, 1] == true_N) & self._legal(token_NA)
+        return ended_N & form_N & (last_N3[:, 1] == true_N) & self._legal(token_NA).all(1)
+
+    def clean_steps(self, prompt_NT: Tensor, answer_NA: Tensor) -> Tensor:
+        """How many tokens stand before the first wrong statement of a left-to-right chain (A, C, drift): [N].
+
+        Wrong are a number that is not the prompt's, a sum so far that is not true, and any token that has no place in
+        such a chain. "?" takes back the token before it, so a wrong sum counts only if no "?" follows at once; a token
+        of another world counts always. A chain may stop early for ":" and the true sum. Without a wrong statement it is
+        A, all columns, also where END came earlier. So `clean_steps(prompt, answer[:, :L]) == L` says that the prefix
+        of L tokens is free of errors; pass the prefix itself, since an error taken back behind it still stands in it.
+        """
+        said_NA = answer_mask(answer_NA)
+        wait_NA = said_NA & (answer_NA == WAIT) & ((answer_NA == ANSWER).cumsum(1) == 0)  # verify: none behind ":"
+        kept_NA = ~wait_NA
+        kept_NA[:, :-1] &= ~wait_NA[:, 1:]
+        wrong_NA = kept_NA & said_NA & ~self._in_place(prompt_NT, answer_NA, kept_NA.cumsum(1) - 1)
+        wrong_NA |= ~self._legal(answer_NA)
+        return (wrong_NA.cumsum(1) == 0).sum(1)
+
+    def _in_place(self, prompt_NT: Tensor, answer_NA: Tensor, place_NA: Tensor) -> Tensor:
+        """Whether each token is what a left-to-right chain has at that place: [N, A], bool."""
+        number_NL = prompt_NT[:, :-1]
+        step_NA = (place_NA // 3).clamp(0, self.length - 1)
+        number_NA, sum_NA = (part_NL.gather(1, step_NA)
+                             for part_NL in (number_NL, number_NL.cumsum(1) % self.modulus))
+        filler_NA = (answer_NA >= token(FILLERS[0])) & (answer_NA <= token(FILLERS[-1]))
+        stated_NA = (answer_NA == sum_NA) | (answer_NA == sum_NA + token(SUMS[0]))
+        role_NA = place_NA % 3
+        chain_NA = torch.where(role_NA == 0, filler_NA, torch.where(role_NA == 1, answer_NA == number_NA, stated_NA))
+        far = answer_NA.shape[1]
+        mark_N1 = place_NA.masked_fill(answer_NA != ANSWER, far).amin(1, keepdim=True) if far else place_NA
+        total_N1 = number_NL.sum(1, keepdim=True) % self.modulus
+        end_NA = torch.where(place_NA == mark_N1 + 1, answer_NA == total_N1, answer_NA == END)
+        return torch.where(place_NA < mark_N1, chain_NA & (place_NA < 3 * self.length),
+                           torch.where(place_NA == mark_N1, role_NA == 0, end_NA))
 
     def _legal(self, token_NA: Tensor) -> Tensor:
-        """Whether every token up to END is a number below m, a sum letter, a filler, WAIT, ANSWER or END: [N], bool."""
+        """Where a token is a number below m, a sum letter, a filler, WAIT, ANSWER or END, or behind END: [N, A]."""
         symbols = [*range(self.modulus), *encode(SUMS[: self.modulus] + FILLERS), WAIT, ANSWER, END]
         legal_V = torch.zeros(VOCAB, dtype=torch.bool, device=token_NA.device)
         legal_V[symbols] = True
         known_NA = (token_NA >= 0) & (token_NA < VOCAB)
-        return (known_NA & legal_V[token_NA.clamp(0, VOCAB - 1)] | ~answer_mask(token_NA)).all(1)
+        return known_NA & legal_V[token_NA.clamp(0, VOCAB - 1)] | ~answer_mask(token_NA)
