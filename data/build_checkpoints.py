@@ -6,8 +6,8 @@
 
 Two families, with seed 0: decoders of English, trained on the training split of the State of the Union addresses
 (recipes in labkit/trainers/bases.py), and decoders of the small worlds, trained on problems of their training side
-(labkit/trainers/world_bases.py). Each is rounded to bfloat16 (half the size; what is measured is the rounded model) and
-written with its sha256 into manifest.json. An interrupted training goes on where it stopped.
+(labkit/trainers/world_bases.py and sum_bases.py). Each is rounded to bfloat16 (half the size; what is measured is the
+rounded model) and written with its sha256 into manifest.json. An interrupted training goes on where it stopped.
 """
 
 import sys
@@ -25,7 +25,7 @@ from labkit.data.corpora import read_manifest
 from labkit.errors import LabError
 from labkit.files import REPOSITORY, sha256, write_json
 from labkit.models import GPT, GPTConfig
-from labkit.trainers import History, TrainSettings, imitate, pretrain
+from labkit.trainers import GRPOSettings, History, TrainSettings, grpo, imitate, pretrain
 from labkit.trainers.bases import BASES, FOLDER, bits_per_byte_of, recipe
 from labkit.trainers.checkpoint import load_model, save_model
 from labkit.trainers.rollout import accuracy
@@ -53,18 +53,18 @@ def build_text(name: str) -> dict:
 
 
 def build_world(name: str) -> dict:
-    """A base of small worlds: solutions in a mixture of dialects."""
+    """A base of small worlds: solutions in a mixture of dialects, and rewards where its recipe has them."""
     made = world_recipe(name)
 
     def run(model: GPT, path: Path) -> History:
-        for number, (lessons, settings) in enumerate(made.stages):
-            stage = path.with_suffix(f".{number}.safetensors")
-            history = imitate(model, lessons, settings, checkpoint=stage, label=name)
+        for number, (subject, settings) in enumerate(made.stages):
+            train = grpo if isinstance(settings, GRPOSettings) else imitate
+            history = train(model, subject, settings, checkpoint=path.with_suffix(f".{number}.safetensors"), label=name)
         return history
 
     entry = trained(name, made.config, made.stages[0][1], {}, run)
     model = load_model(FOLDER / entry["file"])
-    return {**entry, "examples": sum(settings.steps * settings.batch for _, settings in made.stages),
+    return {**entry, "examples": made.examples,
             "accuracy": {key: round(accuracy(model, world, problems=4000), 3) for key, world in made.worlds.items()}}
 
 

@@ -14,8 +14,9 @@ from labkit.files import sha256
 from labkit.models import GPT, GPTConfig
 from labkit.tasks import Countdown, DigitList, ListRepair, RunningSum, StrategyAddition, WrittenAddition, answer_mask
 from labkit.tasks.alphabet import END, VOCAB, decode
+from labkit.tasks.running_sum import ANSWER
 from labkit.tasks.world import hash_of
-from labkit.trainers import Keep, Lesson, TrainSettings, accuracy, imitate, load_world_base, loop
+from labkit.trainers import Keep, Lesson, TrainSettings, accuracy, imitate, load_world_base, loop, roll_out
 from labkit.trainers.imitate import lesson_batch, rows_of
 from labkit.trainers.world_bases import FOLDER, WORLD_BASES, world_recipe
 
@@ -266,11 +267,29 @@ def test_every_base_is_what_its_manifest_says(name):
     facts, path = shipped.facts, FOLDER / f"{name}.safetensors"
     assert facts["sha256"] == sha256(path) and facts["bytes"] == path.stat().st_size
     assert facts["parameters"] == shipped.model.count_parameters() and shipped.model.config == made.config
-    assert facts["examples"] == sum(settings.steps * settings.batch for _, settings in made.stages)
+    assert facts["examples"] == made.examples
     assert shipped.worlds.keys() == facts["accuracy"].keys() == made.worlds.keys()
     for key, stated in facts["accuracy"].items():
         error = (max(stated * (1 - stated), 0.005) / 4000) ** 0.5
         assert abs(accuracy(shipped.model, shipped.worlds[key], problems=4000) - stated) < 3 * error + 0.0005, key
+
+
+def ways(name):
+    """Of 2000 answers on the test side: the share given at once, and how many of those and of the chains are right."""
+    base = load_world_base(name)
+    drawn = roll_out(base.model, base.worlds["running sum"], prompts=2000, samples=1, seed=0, step=0, split="test")
+    direct_B = drawn.answer_BA[:, 0] == ANSWER
+    right = [float(drawn.reward_B[part_B].mean()) if part_B.any() else None for part_B in (direct_B, ~direct_B)]
+    return float(direct_B.float().mean()), *right
+
+
+def test_the_mixed_bases_differ_in_what_they_can_do():
+    """The labs on reverse distillation need this: the mixture answers at once in 60%, as taught, hardly better
+    than chance (1/7), while its chains are right; rewards leave nothing but chains."""
+    direct, at_once, chain = ways("sum-mixed")
+    assert abs(direct - 0.6) < 0.05 and at_once < 0.25 and chain > 0.96
+    direct, _, chain = ways("sum-mixed-rl")
+    assert direct < 0.02 and chain > 0.95
 
 
 def test_unknown_missing_or_altered_bases_are_refused(tmp_path):

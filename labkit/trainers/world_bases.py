@@ -1,7 +1,8 @@
-"""The base models of the small worlds: decoders of about 57,000 weights that have read a mixture of dialects.
+"""The base models of the small worlds: decoders of 17,000 to 118,000 weights that have read a mixture of dialects.
 
 They are what reinforcement learning and distillation begin with: able to solve a world's problems in several ways, and
-right in some part of their answers. `python data/build_checkpoints.py` makes them anew; the manifest has the accuracy
+right in some part of their answers; those of the labs on on-policy distillation, teachers too, stand in
+labkit.trainers.sum_bases. `python data/build_checkpoints.py` makes them anew; the manifest has the accuracy
 of each on the test side.
 """
 
@@ -14,24 +15,14 @@ import torch
 from labkit.data.corpora import checked_file, read_manifest
 from labkit.errors import LabError
 from labkit.files import DATA
-from labkit.models import GPT, GPTConfig
+from labkit.models import GPT
 from labkit.tasks import Countdown, DigitList, ListRepair, RunningSum, StrategyAddition, World, WrittenAddition
-from labkit.tasks.alphabet import VOCAB
 from labkit.trainers.checkpoint import load_model
 from labkit.trainers.imitate import Lesson
-from labkit.trainers.loop import TrainSettings
+from labkit.trainers.recipes import WorldRecipe, settings
+from labkit.trainers.sum_bases import SUM_RECIPES
 
 FOLDER = DATA / "checkpoints"
-CONFIG = GPTConfig(VOCAB, context=32, width=48, layers=2, heads=4)
-
-
-@dataclass(frozen=True)
-class WorldRecipe:
-    """How a base is made: stages of lessons with their settings, and the worlds it is measured on."""
-
-    stages: tuple[tuple[tuple[Lesson, ...], TrainSettings], ...]
-    worlds: dict[str, World]
-    config: GPTConfig = CONFIG
 
 
 @dataclass(frozen=True)
@@ -41,13 +32,6 @@ class WorldBase:
     model: GPT
     worlds: dict[str, World]
     facts: dict
-
-
-def settings(steps: int, **changes) -> TrainSettings:
-    """What all bases share."""
-    shared = {"learning_rate": 3e-3, "batch": 256, "context": CONFIG.context, "warmup": 50, "decay": 0.3,
-              "weight_decay": 0.01, "checkpoint_every": 300}
-    return TrainSettings(steps, **shared | changes)
 
 
 def addition() -> WorldRecipe:
@@ -115,7 +99,7 @@ def countdown() -> WorldRecipe:
 RECIPES: dict[str, Callable[[], WorldRecipe]] = {
     "addition": addition, "noisy-addition": noisy_addition, "filler-addition": filler_addition,
     "written-carries": written_carries, "sort-parity": sort_parity, "list-repair": list_repair,
-    "running-sum": running_sum, "countdown": countdown}
+    "running-sum": running_sum, "countdown": countdown, **SUM_RECIPES}
 WORLD_BASES = tuple(RECIPES)
 
 
