@@ -1,0 +1,134 @@
+"""Exercises of 09_opd_menu (Rethinking On-Policy Distillation, arXiv 2604.13016)."""
+
+import numpy as np
+
+from labkit.course.check import Check, array, close, number
+
+
+def _chance(answer) -> str | None:
+    for m, n, V in ((4, 4, 48), (16, 16, 152_000), (3, 10, 48), (48, 5, 48)):
+        got = number(answer(m, n, V))
+        if close(got, m * n / V, within=1e-6):
+            continue
+        if close(got, n / V, within=1e-6) or close(got, m / V, within=1e-6):
+            return "That is the share of one set's tokens that the other has. How many tokens are that?"
+        if close(got, m * n / V**2, within=1e-6):
+            return "That is the chance that one given token is in both. How many tokens are there?"
+        if close(got, min(m, n), within=1e-6):
+            return "That is the most that they can share."
+        return f"For m={m}, n={n}, V={V} you say {got:.4g}. With which probability is one of the m among the n?"
+    return None
+
+
+def _deceive(answer) -> str | None:
+    student, teacher = (array(row) for row in answer())
+    if student.shape != (5,) or teacher.shape != (5,) or not np.isfinite([student, teacher]).all():
+        return "Return two rows of five finite logits: student, teacher."
+    q, p = (np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in (student, teacher))
+    orders = [np.argsort(-row, kind="stable") for row in (student, teacher)]
+    if any(row[order[1]] == row[order[2]] for row, order in zip((student, teacher), orders, strict=True)):
+        return "The second and the third place are equal: then nobody knows which of them is on the menu."
+    if set(orders[0][:2].tolist()) != set(orders[1][:2].tolist()):
+        return "The two top-2 menus are not the same tokens: the overlap ratio is below 1."
+    kl = float((q * np.log(q / p)).sum())
+    if kl <= 1:
+        return f"The overlap ratio is 1, but KL(q, p) is only {kl:.2f} nats. The ratio does not see who comes first."
+    return None
+
+
+def _on(x_V, shared_V):
+    """Probabilities rescaled to sum to one on the shared tokens."""
+    return x_V[shared_V] / x_V[shared_V].sum()
+
+
+def _advantage(answer) -> str | None:
+    q, p = np.array([0.5, 0.2, 0.1, 0.1, 0.1]), np.array([0.1, 0.3, 0.05, 0.05, 0.5])
+    for shared in ([1, 1, 0, 0, 0], [0, 1, 0, 0, 1], [1, 1, 1, 0, 1]):
+        I_V = np.array(shared, dtype=bool)
+        got, size = number(answer(q.copy(), p.copy(), I_V)), I_V.sum()
+        raw, a, b = q[I_V] @ np.log(p[I_V] / q[I_V]), _on(q, I_V), _on(p, I_V)
+        mean = float(a @ np.log(b / a)) / size
+        if close(got, mean, within=1e-6):
+            continue
+        if close(got, -mean, within=1e-6):
+            return "The sign: an advantage is what the teacher thinks, minus what the student thinks."
+        if close(got, mean * size, within=1e-6):
+            return "That is the sum over the shared tokens; the definition divides by their number."
+        if close(got, raw / size, within=1e-6) or close(got, raw, within=1e-6):
+            return "Both sides are made to sum to one on the shared tokens first."
+        if close(got, float(b @ np.log(b / a)) / size, within=1e-6):
+            return "Weighted by the teacher. In the definition the student's probabilities are the weights."
+        return f"For shared tokens {shared} you say {got:.4g}. Rescale q and p on I, then take the weighted mean gain."
+    return None
+
+
+def _end(answer) -> str | None:
+    if close(answer, 0.65 * 0.17 + 0.35 * 0.99, within=0.002):
+        return None
+    if close(answer, 0.65 + 0.35 * 0.99, within=0.005):
+        return "That is the teacher's accuracy. The student copies how often to answer at once, not the skill."
+    if close(answer, 0.99, within=0.004):
+        return "That is the student before. Which of the teacher's habits are easy to copy?"
+    if close(answer, 0.35 * 0.99, within=0.002):
+        return "Direct answers of the student are right now and then, too."
+    if close(answer, 0.35 * 0.17 + 0.65 * 0.99, within=0.002):
+        return "The shares are exchanged: which kind does the teacher use 65 times in 100?"
+    return "After distillation the student chooses as the teacher does, and does each kind as well as it can itself."
+
+
+def _waiting(answer) -> str | None:
+    for p, answers in ((1e-3, 64), (0.2, 3), (1e-3, 1024)):
+        got, some = number(answer(p, answers)), 1 - (1 - p) ** answers
+        if close(got, 1 / some, within=1e-6 / some):
+            continue
+        if close(got, 1 / p, within=1e-6 / p):
+            return "That is the number of answers, not of updates."
+        if close(got, some, within=1e-6):
+            return "That is the probability that one update has such an answer. How long is the wait for the first?"
+        if close(got, 1 / (p * answers), within=1e-6):
+            return "Nearly, for small p. At p = 0.2 and 3 answers it says 1.67: an update may have two of them."
+        return f"At p={p} and {answers} answers you say {got:.4g}. First: how likely is an update without any?"
+    return None
+
+
+CHECKS = {
+    "09.1": Check(
+        "Write chance(m, n, V): how many tokens two sets of m and n tokens share on average, if drawn blindly from V.",
+        4, "Each of the m tokens is among the n with the same probability. Expectations add up.", _chance,
+        right=[lambda m, n, V: m * n / V, lambda m, n, V: np.float64(m) / V * n],
+        wrong=[(lambda m, n, V: n / V, "How many tokens"), (lambda m, n, V: m * n / V**2, "one given token"),
+               (lambda m, n, V: min(m, n), "the most"), (lambda m, n, V: m * m / V, "With which probability")]),
+    "09.2": Check(
+        "Write deceive(): logits of student and teacher for five tokens, the same top 2 and KL(student, teacher) > 1.",
+        6, "Two tokens hold nearly all the mass in both. In which order?", _deceive,
+        right=[lambda: ([5.0, 1.0, 0.0, 0.0, 0.0], [1.0, 5.0, 0.0, 0.0, 0.0]),
+               lambda: (np.array([0.0, 0, 3, 9, 0]), np.array([0.0, 0, 9, 3, 0]))],
+        wrong=[(lambda: ([5.0, 1, 0, 0, 0], [5.0, 1, 0, 0, 0]), "only 0.00"),
+               (lambda: ([5.0, 1, 0, 0, 0], [0.0, 0, 0, 5, 1]), "not the same tokens"),
+               (lambda: ([5.0, 0, 0, 0, 0], [5.0, 0, 0, 0, 0]), "nobody knows"),
+               (lambda: ([5.0, 1], [1.0, 5]), "two rows of five")]),
+    "09.3": Check(
+        "Write overlap_advantage(q_V, p_V, shared_V) from probabilities and a boolean array of shared tokens.",
+        6, "Rescale both on the shared tokens; weight log p' - log q' with q'; divide by the number of shared tokens.",
+        _advantage,
+        right=[lambda q, p, s: float(_on(q, s) @ np.log(_on(p, s) / _on(q, s))) / s.sum()],
+        wrong=[(lambda q, p, s: float(_on(q, s) @ np.log(_on(q, s) / _on(p, s))) / s.sum(), "sign"),
+               (lambda q, p, s: float(_on(q, s) @ np.log(_on(p, s) / _on(q, s))), "divides"),
+               (lambda q, p, s: float(q[s] @ np.log(p[s] / q[s])) / s.sum(), "sum to one"),
+               (lambda q, p, s: float(_on(p, s) @ np.log(_on(p, s) / _on(q, s))) / s.sum(), "Weighted"),
+               (lambda q, p, s: 0.0, "Rescale")]),
+    "09.4": Check(
+        "Where does the accuracy of a student end that copies 65% direct answers without the skill for them?",
+        5, "Two kinds of answers: the teacher sets their shares, the student's own skill sets how often each is right.",
+        _end, right=[0.65 * 0.17 + 0.35 * 0.99, 0.457],
+        wrong=[(0.997, "teacher's accuracy"), (0.99, "student before"), (0.3465, "now and then"), (0.703, "exchanged"),
+               (0.6, "chooses as the teacher")]),
+    "09.5": Check(
+        "Write updates_until(p, answers): the mean number of updates up to the first that has a direct answer.",
+        6, "An update has none with probability (1 - p)^answers. Such a wait is geometric.", _waiting,
+        right=[lambda p, answers: 1 / (1 - (1 - p) ** answers),
+               lambda p, answers: -1 / np.expm1(answers * np.log1p(-p))],
+        wrong=[(lambda p, answers: 1 / p, "answers, not of updates"),
+               (lambda p, answers: 1 - (1 - p) ** answers, "probability that one update"),
+               (lambda p, answers: 1 / (p * answers), "Nearly"), (lambda p, answers: answers, "without any")]),
+}
