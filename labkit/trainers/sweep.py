@@ -65,7 +65,7 @@ def side_by_side(runs: Mapping[Key, Callable[[], Result]], workers: int) -> Iter
     import loky  # not on a bare GPU server, where the runs go one by one
 
     # A worker whose memory has grown is replaced between two runs, which changes nothing and needs no warning.
-    warnings.filterwarnings("ignore", message="A worker stopped while some jobs")
+    warnings.filterwarnings("ignore", message="A worker (stopped|was restarted) while some jobs")
     executor = loky.get_reusable_executor(workers, timeout=IDLE_SECONDS, initializer=prepare_worker)
     keys = {executor.submit(in_worker, run): key for key, run in runs.items()}
     unfinished = True
