@@ -11,6 +11,7 @@ from torch import Tensor
 
 from labkit.errors import LabError
 from labkit.models import GPT, answer_hidden, generate
+from labkit.models.sample import draw as draw_token
 
 
 class Decoder(Protocol):
@@ -63,9 +64,11 @@ class HuggingFaceDecoder:
             place_BT = (shown_BT.cumsum(1) - 1).clamp(min=0)[:, -inputs_BT.shape[1]:]
             out = self.model(input_ids=inputs_BT, attention_mask=shown_BT.long(), position_ids=place_BT,
                              past_key_values=past, use_cache=True)
-            token_B = torch.multinomial(out.logits[:, -1].float().softmax(1), 1, generator=generator)[:, 0]
+            token_B, _ = draw_token(out.logits[:, -1], temperature=1.0, top_k=None, top_p=None, generator=generator)
             answer_BA[:, step] = torch.where(ended_B, stops[0], token_B)
             ended_B |= torch.isin(token_B, stop_S)
+            if ended_B.all():
+                break
             inputs_BT, past = answer_BA[:, step : step + 1], out.past_key_values
             shown_BT = torch.cat((shown_BT, torch.ones_like(shown_BT[:, :1])), 1)
         return answer_BA

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from labkit.errors import LabError
 from labkit.kernels.checks import check_shape
+from labkit.kernels.token_logprob import token_logprob
 from labkit.measure.coherence import head_coherence, logit_gradient
 from labkit.measure.decoders import Decoder, decoder_for
 from labkit.measure.diagnosis_findings import Finding, Limits, findings
@@ -101,7 +102,7 @@ def _menus(student_NV: Tensor, teacher_NV: Tensor, k: int) -> dict[str, float]:
 def _costs(student_BAV: Tensor, teacher_BAV: Tensor, answer_BA: Tensor, mask_BA: Tensor,
            ended_B: Tensor) -> dict[str, float]:
     """The advantage log p(y) - log q(y) inside and outside of loops, and the token id that carries most of its size."""
-    log_q_BA, log_p_BA = (logits.double().log_softmax(2).gather(2, answer_BA[..., None])[..., 0]
+    log_q_BA, log_p_BA = (token_logprob(logits.flatten(0, 1), answer_BA.flatten())[0].double().view(answer_BA.shape)
                           for logits in (student_BAV, teacher_BAV))
     advantage_BA = log_p_BA - log_q_BA
     last_BA = mask_BA & (mask_BA.cumsum(1) == mask_BA.sum(1, keepdim=True)) & ended_B[:, None]

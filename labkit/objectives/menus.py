@@ -39,13 +39,14 @@ def menu_of(student_NV: Tensor, teacher_NV: Tensor, k: int, menu: str) -> Teache
 
     [N, k] ids, [N, 2k] for the union. Places whose token is not in the menu, or is already there, hold -1.
     """
-    logp_NV, of_teacher_NK = teacher_NV.log_softmax(1), teacher_NV.topk(k, dim=1).indices
+    listed = top_list(teacher_NV, k)
     if menu == "teacher":
-        return TeacherList(of_teacher_NK, logp_NV.gather(1, of_teacher_NK))
+        return listed
+    of_teacher_NK = listed.id_NK
     id_NK = of_student_NK = student_NV.detach().topk(k, dim=1).indices
     shared_NK = (of_student_NK[:, :, None] == of_teacher_NK[:, None, :]).any(2)
     if menu == "intersection":
         id_NK = of_student_NK.where(shared_NK, -1)
     elif menu == "union":
         id_NK = torch.cat((of_teacher_NK, of_student_NK.where(~shared_NK, -1)), 1)
-    return TeacherList(id_NK, logp_NV.gather(1, id_NK.clamp(min=0)))
+    return TeacherList(id_NK, teacher_NV.log_softmax(1).gather(1, id_NK.clamp(min=0)))

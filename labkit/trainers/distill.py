@@ -109,7 +109,9 @@ def _asker(teacher: Teacher, settings: DistillSettings) -> Callable[[Rollout], T
         renumber_V[own], renumber_V[others] = others, own
 
     def ask(drawn: Rollout) -> Tensor | TeacherList:
-        logits_BAV = answer_logits(teacher, renumber_V[drawn.prompt_BT], renumber_V[drawn.answer_BA])[..., renumber_V]
+        logits_BAV = answer_logits(teacher, renumber_V[drawn.prompt_BT], renumber_V[drawn.answer_BA])
+        if settings.id_map:  # only then: it copies all logits
+            logits_BAV = logits_BAV[..., renumber_V]
         if settings.support == "topk" and settings.menu == "teacher":  # a list is all that is needed of it
             return top_list(logits_BAV.flatten(0, 1), settings.k)
         return logits_BAV

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from labkit.kernels.sparse_head_topk_kl import sparse_head_topk_kl
+from labkit.kernels.token_logprob import token_logprob
 from labkit.models import GPT, answer_hidden, answer_logits
 from labkit.objectives import TeacherList, distill_loss, future_cost
 from labkit.tasks.alphabet import END
@@ -30,7 +31,7 @@ def position_losses(student: GPT, drawn: Rollout, teacher: Tensor | TeacherList,
     losses_BA = distill_loss(logits_BAV.flatten(0, 1), teacher, mask_N=mask_BA.flatten(), **sampled,
                              **settings.only(OF_THE_LOSS)).view_as(mask_BA)
     if settings.gamma:
-        logp_BA = logits_BAV.float().log_softmax(2).gather(2, drawn.answer_BA[:, :, None]).squeeze(2)
+        logp_BA = token_logprob(logits_BAV.flatten(0, 1), drawn.answer_BA.flatten())[0].view_as(losses_BA)
         future_BA = future_cost(losses_BA, mask_BA, settings.gamma)
         losses_BA = losses_BA + future_BA * (logp_BA - logp_BA.detach())  # the bracket is 0, its gradient is not
     return losses_BA, logits_BAV
