@@ -13,7 +13,7 @@ from labkit.course.figures import png
 from labkit.errors import LabError
 from labkit.measure import diagnose_distillation
 from labkit.measure.decoders import HuggingFaceDecoder, OurDecoder, decoder_for
-from labkit.measure.diagnosis_findings import Limits
+from labkit.measure.diagnosis_findings import Limits, findings
 from labkit.models import GPT, GPTConfig
 from labkit.models.llama import from_llama
 from labkit.tasks import DigitList
@@ -93,6 +93,24 @@ def test_doom_is_a_short_horizon():
     assert gain[0] > 0.3 and gain[3] < 0.25 * gain[0] and "horizon" in found(diagnosis)
     without = diagnose_distillation(trained(25), trained(150), prompts(200), **asked, limits=Limits(lasting=-9.0))
     assert "horizon" not in found(without)
+
+
+def test_the_coherence_row_does_not_depend_on_the_number_of_answers():
+    """R grows with N; the share of the squares that is common does not, so the verdict is the same for few and many."""
+    few, many = (diagnose_distillation(trained(25), trained(150), prompts(n), **ASKED) for n in (40, 400))
+    assert many.numbers["amplification"] > 4 * few.numbers["amplification"]
+    assert many.numbers["common_share"] == pytest.approx(few.numbers["common_share"], rel=0.4)
+    assert "coherence" not in found(few) and "coherence" not in found(many)
+
+
+@pytest.mark.parametrize("numbers, verdict", [(dict(common_share=0.001), True), (dict(common_share=-0.0001), True),
+                                              (dict(common_share=0.05), False),
+                                              (dict(common_share=0.001, rms_gradient=0.01), False)])
+def test_gradients_that_share_nothing_are_found_where_they_are_large(numbers, verdict):
+    """Nothing in common counts where the single gradients are large; small ones are no news."""
+    diagnosis = diagnose_distillation(trained(25), trained(150), prompts(), **ASKED)
+    rows = findings(diagnosis.numbers | dict(rms_gradient=1.0) | numbers, {}, Limits())
+    assert next(row.found for row in rows if row.mode == "coherence") is verdict
 
 
 def test_numbers_repeat_with_the_seed():

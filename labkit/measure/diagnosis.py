@@ -124,8 +124,10 @@ def _coherence(student_NV: Tensor, teacher_NV: Tensor, hidden_ND: Tensor,
     order_N = torch.randperm(N, generator=generator, device=student_NV.device)[: max(1, LOGITS_AT_ONCE // V)]
     ell_NV = logit_gradient(student_NV[order_N], teacher_NV[order_N])
     add = head_coherence(ell_NV, hidden_ND[order_N])
-    return {"amplification": add.amplification, "positions": float(add.positions), "rms_gradient": add.rms,
-            "mean_gradient": add.norm, "rms_logit_gradient": float(ell_NV.square().sum(1).mean().sqrt())}
+    common = (add.amplification - 1) / (add.positions - 1) if add.positions > 1 else math.nan
+    return {"amplification": add.amplification, "common_share": common, "positions": float(add.positions),
+            "rms_gradient": add.rms, "mean_gradient": add.norm,
+            "rms_logit_gradient": float(ell_NV.square().sum(1).mean().sqrt())}
 
 
 def _from_cut(asked: tuple[Decoder, Decoder], prompt_BT: Tensor, shown_BT: Tensor, answer_BA: Tensor, mask_BA: Tensor,

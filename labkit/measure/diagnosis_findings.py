@@ -14,7 +14,7 @@ class Limits:
     looped: float = 0.1  # above: share of tokens in loops
     one_token: float = 0.3  # above: share of the whole cost at positions of one token...
     surprise: float = 8.0  # ...where the teacher's log-probability lies this far below the student's, in nats
-    amplification: float = 2.0  # below: R near 1, gradients that do not add up
+    common_share: float = 0.01  # below: gradients of positions share no direction
     rms: float = 0.05  # above: single gradients that are not small
     lasting: float = 0.25  # below: what is left at the last cut of the teacher's advantage at the first
 
@@ -63,9 +63,11 @@ def _signal(n: dict[str, float], limits: Limits) -> Finding:
 
 
 def _adding(n: dict[str, float], limits: Limits) -> Finding:
-    found = n["amplification"] < limits.amplification and n["rms_gradient"] > limits.rms
+    # R grows with N; c = |mean g|^2 / mean |g|^2 does not: for independent gradients E R = 1 + (N - 1) c
+    found = n["common_share"] < limits.common_share and n["rms_gradient"] > limits.rms
     return Finding("coherence", found, f"{n['positions']:.0f} gradients of the head add up to R = "
-                   f"{n['amplification']:.1f} (1 is orthogonal), with an rms of {n['rms_gradient']:.2f}"
+                   f"{n['amplification']:.1f} (1 is orthogonal): {n['common_share']:.1%} of their squares is common to "
+                   f"all; their rms is {n['rms_gradient']:.2f}"
                    + ("; each position asks for something else, as they also do at an optimum." if found else "."))
 
 
