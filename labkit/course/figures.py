@@ -144,7 +144,9 @@ def interval_dots(ax: Axes, rows: Sequence[tuple], *, zero: float = 0.0, zero_la
         ax.annotate(zero_label, (zero, 1), xycoords=("data", "axes fraction"), xytext=(4, -2),
                     textcoords="offset points", color=PALETTE["grey"], fontsize=10, va="top")
     ax.set_yticks(range(len(rows)), [row[0] for row in reversed(rows)])
-    ax.set_ylim(-0.6, len(rows) - 0.4)
+    points = ax.get_window_extent().height * 72 / ax.figure.dpi
+    above = len(rows) * 16 / points if zero_label else 0.0  # room for the label's line of text, in rows
+    ax.set_ylim(-0.6, len(rows) - 0.4 + above)
     ax.grid(axis="y", visible=False)
     if unit:
         ax.set_xlabel(unit)
