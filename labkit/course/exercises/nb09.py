@@ -36,29 +36,32 @@ def _deceive(answer) -> str | None:
     return None
 
 
-def _on(x_V, shared_V):
-    """Probabilities rescaled to sum to one on the shared tokens."""
-    return x_V[shared_V] / x_V[shared_V].sum()
+def _log_softmax(row):
+    return row - row.max() - np.log(np.exp(row - row.max()).sum())
 
 
-def _advantage(answer) -> str | None:
-    q, p = np.array([0.5, 0.2, 0.1, 0.1, 0.1]), np.array([0.1, 0.3, 0.05, 0.05, 0.5])
-    for shared in ([1, 1, 0, 0, 0], [0, 1, 0, 0, 1], [1, 1, 1, 0, 1]):
-        I_V = np.array(shared, dtype=bool)
-        got, size = number(answer(q.copy(), p.copy(), I_V)), I_V.sum()
-        raw, a, b = q[I_V] @ np.log(p[I_V] / q[I_V]), _on(q, I_V), _on(p, I_V)
-        mean = float(a @ np.log(b / a)) / size
-        if close(got, mean, within=1e-6):
-            continue
-        if close(got, -mean, within=1e-6):
-            return "The sign: an advantage is what the teacher thinks, minus what the student thinks."
-        if close(got, mean * size, within=1e-6):
-            return "That is the sum over the shared tokens; the definition divides by their number."
-        if close(got, raw / size, within=1e-6) or close(got, raw, within=1e-6):
-            return "Both sides are made to sum to one on the shared tokens first."
-        if close(got, float(b @ np.log(b / a)) / size, within=1e-6):
-            return "Weighted by the teacher. In the definition the student's probabilities are the weights."
-        return f"For shared tokens {shared} you say {got:.4g}. Rescale q and p on I, then take the weighted mean gain."
+def _mislead(answer) -> str | None:
+    rows = [array(row) for row in answer()]
+    if len(rows) != 3 or any(row.shape != (5,) or not np.isfinite(row).all() for row in rows):
+        return "Return three rows of five finite logits: the student, the first teacher, the second."
+    log_q, *log_ps = (_log_softmax(row) for row in rows)
+    orders = [np.argsort(-row, kind="stable") for row in rows]
+    if any(row[order[1]] == row[order[2]] for row, order in zip(rows, orders, strict=True)):
+        return "In one row the second and the third place are equal: then nobody knows which of them is on the menu."
+    advantages, kls = [], []
+    for log_p, order in zip(log_ps, orders[1:], strict=True):
+        shared = np.intersect1d(orders[0][:2], order[:2])
+        if not len(shared):
+            return "A teacher shares no token with the student: its overlap advantage is 0/0."
+        inside_q, inside_p = (_log_softmax(log_V[shared]) for log_V in (log_q, log_p))
+        advantages.append(float(np.exp(inside_q) @ (inside_p - inside_q)) / len(shared))
+        kls.append(float(np.exp(log_q) @ (log_q - log_p)))
+    if advantages[0] < advantages[1] + 1e-6:
+        return (f"Overlap advantages {advantages[0]:.3f} and {advantages[1]:.3f}: the first should be the larger. "
+                "Which is the largest that there can be?")
+    if kls[0] <= kls[1] + 1:
+        return (f"KL(q, p) is {kls[0]:.2f} with the first teacher and {kls[1]:.2f} with the second: "
+                "the first should be larger by over 1. What does the advantage not look at?")
     return None
 
 
@@ -108,15 +111,15 @@ CHECKS = {
                (lambda: ([5.0, 0, 0, 0, 0], [5.0, 0, 0, 0, 0]), "nobody knows"),
                (lambda: ([5.0, 1], [1.0, 5]), "two rows of five")]),
     "09.3": Check(
-        "Write overlap_advantage(q_V, p_V, shared_V) from probabilities and a boolean array of shared tokens.",
-        6, "Rescale both on the shared tokens; weight log p' - log q' with q'; divide by the number of shared tokens.",
-        _advantage,
-        right=[lambda q, p, s: float(_on(q, s) @ np.log(_on(p, s) / _on(q, s))) / s.sum()],
-        wrong=[(lambda q, p, s: float(_on(q, s) @ np.log(_on(q, s) / _on(p, s))) / s.sum(), "sign"),
-               (lambda q, p, s: float(_on(q, s) @ np.log(_on(p, s) / _on(q, s))), "divides"),
-               (lambda q, p, s: float(q[s] @ np.log(p[s] / q[s])) / s.sum(), "sum to one"),
-               (lambda q, p, s: float(_on(p, s) @ np.log(_on(p, s) / _on(q, s))) / s.sum(), "Weighted"),
-               (lambda q, p, s: 0.0, "Rescale")]),
+        "Write mislead(): logits of a student and two teachers; the first has the better advantage and the worse KL.",
+        8, "The advantage looks only at tokens on both menus. What is it if there is just one of them?", _mislead,
+        right=[lambda: ([3.0, 2.0, 0.0, 0.0, 0.0], [-3.0, 3.0, 2.0, 0.0, 0.0], [2.0, 2.5, 0.0, 0.0, 0.0]),
+               lambda: np.array([[2.0, 1, 0, 0, 0], [2.0, 1, 0, 0, -30], [2.0, 1.5, 0, 0, 0]])],
+        wrong=[(lambda: ([3.0, 2, 0, 0, 0], [2.0, 2.5, 0, 0, 0], [-3.0, 3, 2, 0, 0]), "the first should be the larger"),
+               (lambda: ([3.0, 2, 0, 0, 0], [3.0, 2, 0, 0, 0], [2.0, 2.5, 0, 0, 0]), "does the advantage not look at"),
+               (lambda: ([3.0, 2, 0, 0, 0], [-3.0, 0, 3, 2, 0], [2.0, 2.5, 0, 0, 0]), "shares no token"),
+               (lambda: ([3.0, 0, 0, 0, 0], [-3.0, 3, 2, 0, 0], [2.0, 2.5, 0, 0, 0]), "nobody knows"),
+               (lambda: ([3.0, 2, 0, 0, 0], [-3.0, 3, 2, 0, 0]), "three rows of five")]),
     "09.4": Check(
         "Where does the accuracy of a student end that copies 65% direct answers without the skill for them?",
         5, "Two kinds of answers: the teacher sets their shares, the student's own skill sets how often each is right.",
