@@ -32,8 +32,9 @@ lab: install
 
 test: lint test-labkit test-kernels test-notebooks
 
+# Two files at a time, a file never split: its tests share what they train.
 test-labkit: install
-	OMP_NUM_THREADS=1 $(PY) -m pytest --timeout 300 tests/
+	OMP_NUM_THREADS=1 $(PY) -m pytest --timeout 300 -n 2 --dist loadfile tests/
 
 # Two processes at a time, since one that interprets kernels cannot compile them; the compiler's report comes second.
 # With a GPU there is a third gate: pytest -m gpu tests/kernels

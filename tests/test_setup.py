@@ -261,7 +261,7 @@ def test_make_test_runs_everything_on_one_thread(tmp_path):
                  "--nbval-cell-timeout 120"):
         assert word in notebooks
     assert "labkit.course.notebook_lint notebooks/" in plan and "ruff check" in plan
-    assert re.search(r"OMP_NUM_THREADS=1 \S+ -m pytest --timeout 300 tests/", plan)
+    assert re.search(r"OMP_NUM_THREADS=1 \S+ -m pytest --timeout 300 -n 2 --dist loadfile tests/", plan)
 
 
 def test_ci_runs_make_test():

@@ -295,7 +295,7 @@ def test_every_change_of_one_token_is_judged_the_same(world, dialect):
     (DigitList("split"), "t3170>", "0000$", [1] * 4), (DigitList("shift"), "h3190>", "4201$", [1] * 4),
     (Countdown(), "3,5,7:22=", "3*5+7$", [1] * 5), (Countdown(), "2,2,1:05=", "2*2+1$", [1, 2, 1, 1, 1]),
     (ListRepair(), "f258947>", "258147$", [1] * 6),
-], ids=str)
+], ids=lambda value: value.name if hasattr(value, "name") else str(value))
 def test_the_number_of_right_changes_is_known(world, prompt, answer, free):
     """At each place exactly the stated number of tokens keeps the answer right: letters that decide nothing, digits of
     one parity; 2+2+1 for 2*2+1. At END nothing else will do. This holds without any judge."""
