@@ -78,6 +78,17 @@ def load_corpus(name: str, folder: Path = FOLDER) -> Corpus:
     return Corpus(name, [_document(json.loads(line)) for line in lines], hashlib.sha256(packed).hexdigest())
 
 
+def translations(corpus: Corpus) -> list[str]:
+    """Codes of the languages of a parallel corpus, in the file's order: English, the original, comes first."""
+    return [key for key, value in corpus.documents[0].meta.items() if isinstance(value, str) and key != "page"]
+
+
+def parity(corpus: Corpus, code: str) -> float:
+    """UTF-8 bytes of a language over those of the English original, in documents that have both (arXiv 2605.01188)."""
+    both = [(document.meta[code], document.meta["en"]) for document in corpus.documents if document.meta[code]]
+    return sum(len(own.encode()) for own, _ in both) / sum(len(english.encode()) for _, english in both)
+
+
 def read_manifest(folder: Path = FOLDER) -> dict[str, dict]:
     """The manifest's entries by name; each has at least name, file, sha256, bytes, licence and origin."""
     path = folder / "manifest.json"

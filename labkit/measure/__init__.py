@@ -18,6 +18,7 @@ _FILES = {  # file of this room -> its public names
                   "position_gradients", "sketched_gradients"],
     "continuation": ["continuation_advantage", "continue_prefixes"],
     "diagnosis": ["diagnose_distillation"],
+    "scaling_laws": ["bootstrap_law_two", "fit_law_one", "fit_law_two", "parabola_vertex"],
 }
 _HOME = {name: file for file, names in _FILES.items() for name in names}
 

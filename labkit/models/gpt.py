@@ -141,6 +141,7 @@ class Block(nn.Module):
         self.attention_norm, self.attention = RMSNorm(config.width, config.norm_eps), Attention(config, layer)
         self.ffn_norm, self.ffn = RMSNorm(config.width, config.norm_eps), SwiGLU(config)
         self.attention_gate, self.ffn_gate = gate(config, layer), gate(config, layer)
+        self.locked = False  # a locked block is the identity and is not computed (labkit.models.locked_blocks)
 
     def forward(self, x_BTD: Tensor, rope, attention, mask_BTU, cache) -> Tensor:
         mixed_BTD = self.attention(self.attention_norm(x_BTD), rope, attention, mask_BTU, cache)
@@ -158,7 +159,8 @@ class GPT(nn.Module):
 
     Args:
         config: the shape.
-        attention: a function with the signature of `sdpa_attention`; may be exchanged at any time.
+        attention: a function with the signature of `sdpa_attention`, or a list of one for each layer; may be exchanged
+            at any time.
         gate: makes the module on each residual branch from (config, layer).
         seed: of the initial weights, which depend on nothing else.
     """
@@ -210,8 +212,11 @@ class GPT(nn.Module):
             raise LabError(f"{end} positions do not fit into a context of {limit}.",
                            "Give a shorter input, or a GPTConfig with a longer context.")
         rope = self.cos_TK[start:end], self.sin_TK[start:end]
-        for block in self.blocks:
-            x_BTD = block(x_BTD, rope, self.attention, mask_BTU, cache)
+        attend = [self.attention] * len(self.blocks) if callable(self.attention) else self.attention
+        for block, attention in zip(self.blocks, attend, strict=True):
+            if block.locked:
+                continue
+            x_BTD = block(x_BTD, rope, attention, mask_BTU, cache)
         if cache is not None:
             cache.advance(x_BTD.shape[1])
         return self.norm(x_BTD)

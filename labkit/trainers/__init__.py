@@ -6,6 +6,7 @@ checkpoint     weights and optimizer in one safetensors file, whole or not at al
 keep           Keep: every k-th checkpoint of a run, in memory or on disk
 pretrain       next-token training on windows of a text; held-out loss
 superposition  pre-training on bags of tokens (notebook 02)
+stack          many small models trained as one; architecture_warmup: the arms of notebook 05 on it
 sft            supervised fine-tuning on prompts and answers
 imitate        supervised training on solutions that small worlds write
 rollout        answers that a policy draws, and what the verifier says; accuracy
