@@ -9,18 +9,11 @@ import pytest
 import torch
 
 from labkit.errors import LabError
+from labkit.kernels import gather_select, pyramid_pool, unselect
+from labkit.kernels.lighthouse_levels import Levels, TakeRows, inverted
 from labkit.models import GPT, GPTConfig, KVCache, sdpa_attention
 from labkit.models.lighthouse import Lighthouse, Selection, contributors, every_head, lighthouse_layers
-from labkit.models.lighthouse_select import (
-    Levels,
-    RandomScores,
-    TakeRows,
-    gather_select,
-    in_order,
-    inverted,
-    pyramid_pool,
-    unselect,
-)
+from labkit.models.lighthouse_select import RandomScores, in_order
 
 SHAPES = [(64, 4, 3, 8, 4), (61, 4, 3, 4, 4), (37, 2, 3, 4, 2), (48, 2, 4, 4, 4), (50, 3, 3, 6, 2), (7, 2, 2, 8, 4),
           (3, 4, 3, 8, 8), (1, 2, 2, 2, 2)]  # T, p, L, k, m

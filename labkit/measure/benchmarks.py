@@ -16,6 +16,7 @@ from torch import Tensor
 from labkit import kernels
 from labkit.kernels.cost import Cost
 from labkit.measure import bench_inputs as draw
+from labkit.measure import bench_lighthouse as long
 from labkit.measure.targets import Target
 
 FORWARD, BACKWARD, BOTH = "fwd", "bwd", "fwd+bwd"
@@ -221,4 +222,17 @@ BENCHMARKS = {benchmark.op: benchmark for benchmark in (
               targets=(Target("ratio", 0.9, FORWARD, "SDPA, flash", arch="sm_120"),
                        Target("ratio", 0.75, FORWARD, "SDPA, cuDNN", arch="sm_90"), Target("floor", 0.55, FORWARD)),
               cases=_both_ways("flash_attention D=128"), count_notes=dict.fromkeys((FORWARD, BACKWARD), WALKS)),
+    Benchmark("pyramid_pool", long.SIZES, long.SMALL, long.heads, long.pool,
+              _costs("lighthouse_pool", long.POOL_COST, long.POOL_COST), ("q_BTHK", "k_BTHK", "v_BTHK"),
+              check_rows=None, cases=_both_ways("pyramid_pool"),
+              targets=(Target("floor", 0.85, FORWARD), Target("ratio", 2.0, BOTH, "level after level"))),
+    Benchmark("gather_select", long.SIZES, long.SMALL, long.chosen, long.gather,
+              _costs("lighthouse_gather", long.GATHER_COST, long.GATHER_BACKWARD_COST),
+              ("q_BTHK", "k_BTHK", "v_BTHK", "q_BMHK", "k_BMHK", "v_BMHK"),
+              check_rows=None, cases=_both_ways("gather_select"),
+              targets=(Target("floor", 0.7, FORWARD), Target("ratio", 2.0, BOTH, "cat and three gathers"))),
+    Benchmark("unselect", long.SIZES, long.SMALL, long.attended, long.unselect,
+              _costs("lighthouse_unselect", long.UNSELECT_COST, long.UNSELECT_COST), ("out_BHSK",),
+              check_rows=None, cases=_both_ways("unselect"),
+              targets=(Target("floor", 0.7, FORWARD), Target("ratio", 2.0, BOTH, "zeros and scatter_add"))),
 )}

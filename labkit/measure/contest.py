@@ -17,7 +17,7 @@ from labkit.errors import LabError
 from labkit.measure import launches
 from labkit.measure.benchmarks import FORWARD, Benchmark
 from labkit.measure.ceilings import Ceilings
-from labkit.measure.correctness import arriving, largest_error, outputs, relative_error
+from labkit.measure.correctness import arriving, gradients, largest_error, outputs, relative_error
 from labkit.measure.peers import Peer, compiled_form, peers_of, version
 from labkit.measure.targets import note
 from labkit.measure.timing import (
@@ -184,9 +184,7 @@ class Contest:
         def both() -> object:
             results = outputs(entrant.call(**given))
             arrives = upstream if upstream is not None else arriving(tuple(each.detach() for each in results))
-            if arrives is not None:
-                arrives = tuple(each.to(result.dtype) for each, result in zip(arrives, results, strict=True))
-            return torch.autograd.grad(results, leaves, arrives)
+            return gradients(results, leaves, arrives)
 
         return both
 

@@ -30,6 +30,13 @@ def arriving(results: Outputs, seed: int = 0) -> Outputs | None:
                  torch.empty_like(result).normal_(generator=generator) for result in results)
 
 
+def gradients(results: Outputs, leaves: Sequence[Tensor], arrives: Outputs | None) -> Outputs:
+    """torch.autograd.grad through those results that have a gradient: scores by which something is chosen have none."""
+    places = [place for place, result in enumerate(results) if result.requires_grad]
+    arrives = None if arrives is None else [arrives[place].to(results[place].dtype) for place in places]
+    return torch.autograd.grad([results[place] for place in places], leaves, arrives)
+
+
 def relative_error(ours: Tensor, right: Tensor) -> float:
     """Norm of the difference over the norm of what is right; infinite where a number is not finite."""
     right = right.float() if right.dtype != torch.float64 else right
@@ -67,10 +74,8 @@ def _gradient_errors(benchmark: Benchmark, silenced: dict, exact: dict, ours: Ou
     if arrives is not None and keep is not None:
         arrives = tuple(_only(each, keep, dim) for each in arrives)
         arrives_exact = tuple(each.index_select(dim, keep) for each in arrives)
-    if arrives_exact is not None:
-        arrives_exact = tuple(each.to(result.dtype) for each, result in zip(arrives_exact, right, strict=True))
-    found = torch.autograd.grad(ours, [silenced[name] for name in benchmark.wrt], arrives)
-    wanted = torch.autograd.grad(right, [exact[name] for name in benchmark.wrt], arrives_exact)
+    found = gradients(ours, [silenced[name] for name in benchmark.wrt], arrives)
+    wanted = gradients(right, [exact[name] for name in benchmark.wrt], arrives_exact)
     errors = []
     for name, ours_grad, exact_grad in zip(benchmark.wrt, found, wanted, strict=True):
         if keep is not None and name in benchmark.rows:

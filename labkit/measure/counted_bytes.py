@@ -19,7 +19,7 @@ from labkit.errors import LabError
 from labkit.files import REPOSITORY
 from labkit.kernels.interpreter import count_traffic
 from labkit.measure.benchmarks import BACKWARD, BENCHMARKS, FORWARD, Benchmark
-from labkit.measure.correctness import arriving, outputs
+from labkit.measure.correctness import arriving, gradients, outputs
 
 SECONDS = 120
 
@@ -56,7 +56,7 @@ def count(benchmark: Benchmark) -> dict[str, dict[str, float]]:
     if BACKWARD in benchmark.costs:
         leaves, arrives = [inputs[name] for name in benchmark.wrt], arriving(tuple(x.detach() for x in results))
         with count_traffic() as traffic:
-            torch.autograd.grad(results, leaves, arrives)
+            gradients(results, leaves, arrives)
         found[BACKWARD] = traffic.bytes
     formula = {direction: benchmark.cost(direction, benchmark.small, 4).bytes for direction in found}
     return {direction: {"counted": found[direction], "formula": formula[direction],

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from labkit import kernels
 from labkit.errors import LabError
+from labkit.measure import bench_lighthouse as long
 
 
 class Peer(NamedTuple):
@@ -125,6 +126,9 @@ EAGER: dict[str, dict[str, Callable[..., Tensor]]] = {
     "topk_kl": {"gather and log_softmax": _gathered_kl},
     "sparse_head_topk_kl": {"gathered rows": _gathered_rows_kl, "dense head + topk_kl": _dense_head_kl},
     "bag_embedding": {"F.embedding and mean": _bag_mean, "F.embedding_bag": _embedding_bag},
+    "pyramid_pool": {"level after level": long.pool_by_levels},
+    "gather_select": {"cat and three gathers": long.three_gathers},
+    "unselect": {"zeros and scatter_add": long.scatter_add},
 }
 
 

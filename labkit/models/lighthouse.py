@@ -21,20 +21,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from labkit.errors import LabError
+from labkit.kernels import gather_select, pyramid_pool, unselect
+from labkit.kernels.lighthouse_levels import Levels, inverted
+from labkit.kernels.lighthouse_pool import Pyramid, highest
 from labkit.models.attention import sdpa_attention
-from labkit.models.lighthouse_select import (
-    Levels,
-    Pyramid,
-    Scorer,
-    cascade,
-    gather_select,
-    highest,
-    in_order,
-    inverted,
-    joint,
-    pyramid_pool,
-    unselect,
-)
+from labkit.models.lighthouse_select import Scorer, cascade, in_order, joint
 
 CHOICES = {"cascade": cascade, "joint": joint}
 
@@ -102,9 +93,9 @@ class Lighthouse:
 
     def attend(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, pyramid: Pyramid, chosen: Selection) -> Tensor:
         """Attention on a given choice, [B, T, H, K]. A position without a contributor gets zeros."""
-        short = gather_select(q_BTHK, k_BTHK, v_BTHK, pyramid, chosen.index_BHS)
+        short = gather_select(q_BTHK, k_BTHK, v_BTHK, pyramid, chosen.index_BHS, trusted=True)
         out_BHSK = F.scaled_dot_product_attention(*short, is_causal=True)
-        return unselect(out_BHSK, chosen.inverse_BHN, q_BTHK.shape[1], self.pooling, self.levels)
+        return unselect(out_BHSK, chosen.inverse_BHN, q_BTHK.shape[1], self.pooling, self.levels, trusted=True)
 
     def length(self, T: int) -> int:
         """S = T / p^(L-1) + (L - 1) p k entries, where p^(L-1) divides T and every tile of the coarsest level holds m.

@@ -13,89 +13,16 @@ C candidates of a tile.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
-from itertools import accumulate, pairwise
-from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from labkit.kernels.lighthouse_levels import Levels
+from labkit.kernels.lighthouse_pool import Pyramid
 
 Scorer = Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]  # q, k, v [B, T, H, K] -> two scores [B, T, H]
 NOT_THERE = -1.0  # score of an empty slot: below every norm
 TAKEN = float("-inf")  # score of a candidate that the first of the two rankings has chosen
-
-
-@dataclass(frozen=True)
-class Levels:
-    """Where the entries of each level stand, for T positions pooled by p."""
-
-    T: int
-    pooling: int
-    count: int  # L
-
-    @property
-    def whole(self) -> int:
-        """Positions that lie in whole windows of the coarsest level."""
-        return self.T - self.T % self.pooling ** (self.count - 1)
-
-    @property
-    def sizes(self) -> list[int]:
-        """Entries of each level; level 0 has the tail too."""
-        return [self.T, *(self.whole // self.pooling**level for level in range(1, self.count))]
-
-    @property
-    def starts(self) -> list[int]:
-        """The first entry of each level, and N behind them."""
-        return [0, *accumulate(self.sizes)]
-
-    def place(self, entry: Tensor) -> tuple[Tensor, Tensor]:
-        """(level, index inside it) of entries 0 ... N - 1."""
-        start_L = torch.tensor(self.starts[:-1], device=entry.device)
-        level = torch.bucketize(entry, start_L[1:], right=True)
-        return level, entry - start_L[level]
-
-
-class Pyramid(NamedTuple):
-    """The pooled entries of levels 1 ... L - 1, and the two scores of all N entries."""
-
-    q_BMHK: Tensor
-    k_BMHK: Tensor
-    v_BMHK: Tensor
-    q_score_BHN: Tensor
-    k_score_BHN: Tensor
-
-
-def pyramid_pool(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, p: int, levels: int) -> Pyramid:
-    """Means of every level above the tokens, and norms with their maxima. q, k, v come after RoPE."""
-    place = Levels(q_BTHK.shape[1], p, levels)
-    with torch.no_grad():
-        scores = [highest(score_BTH, place) for score_BTH in norm_scores(q_BTHK, k_BTHK, v_BTHK)]
-    return Pyramid(*(pooled(x_BTHK, place) for x_BTHK in (q_BTHK, k_BTHK, v_BTHK)), *scores)
-
-
-def pooled(x_BTHK: Tensor, place: Levels) -> Tensor:
-    """Means of p, p^2, ... neighbours, [B, M, H, K]."""
-    level_BTHK, coarse = x_BTHK[:, : place.whole], [x_BTHK[:, :0]]
-    for _ in range(1, place.count):
-        level_BTHK = level_BTHK.unflatten(1, (level_BTHK.shape[1] // place.pooling, place.pooling)).mean(2)
-        coarse.append(level_BTHK)
-    return torch.cat(coarse, 1)
-
-
-def highest(score_BTH: Tensor, place: Levels) -> Tensor:
-    """Scores of all entries: of a pooled one the largest of the tokens in it, [B, H, N]."""
-    score_BHT = score_BTH.transpose(1, 2)
-    level_BHT, scores = score_BHT[..., : place.whole], [score_BHT]
-    for _ in range(1, place.count):
-        level_BHT = level_BHT.unflatten(2, (level_BHT.shape[2] // place.pooling, place.pooling)).amax(3)
-        scores.append(level_BHT)
-    return torch.cat(scores, 2)
-
-
-def norm_scores(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> tuple[Tensor, Tensor]:
-    """||q|| and ||k|| of every token and head, in float32 or better."""
-    return tuple(x.detach().to(torch.promote_types(x.dtype, torch.float32)).norm(dim=-1) for x in (q_BTHK, k_BTHK))
 
 
 class RandomScores:
@@ -194,64 +121,3 @@ def in_order(chosen_BHS: Tensor, place: Levels) -> Tensor:
     end = (index + 1) * place.pooling**level
     key = torch.where(chosen_BHS < 0, torch.iinfo(torch.int64).max, end * place.count + level)
     return chosen_BHS.gather(2, key.argsort(dim=2))
-
-
-def inverted(index_BHS: Tensor, size: int) -> Tensor:
-    """For each of `size` entries its row in `index_BHS`, or -1, [B, H, size]."""
-    B, H, S = index_BHS.shape
-    row_BHS = torch.arange(S, device=index_BHS.device).expand(B, H, S)
-    target = torch.where(index_BHS < 0, size, index_BHS)  # empty slots go to a place that is cut off
-    return index_BHS.new_full((B, H, size + 1), -1).scatter(2, target, row_BHS)[..., :size]
-
-
-class TakeRows(torch.autograd.Function):
-    """y_s = x_index(s), zero where the index is -1. No row is taken twice, so the gradient is the same operation with
-    the inverse index: a look-up too, without atomic additions, and equal bit for bit in every run."""
-
-    @staticmethod
-    def forward(ctx, x_BHNK: Tensor, index_BHS: Tensor) -> Tensor:
-        ctx.save_for_backward(index_BHS)
-        ctx.rows = x_BHNK.shape[2]
-        return look_up(x_BHNK, index_BHS)
-
-    @staticmethod
-    def backward(ctx, grad_BHSK: Tensor) -> tuple[Tensor, None]:
-        (index_BHS,) = ctx.saved_tensors
-        return TakeRows.apply(grad_BHSK, inverted(index_BHS, ctx.rows)), None
-
-
-def look_up(x_BHNK: Tensor, index_BHS: Tensor) -> Tensor:
-    """Rows of x by index, zero where it is -1."""
-    B, H, N, K = x_BHNK.shape
-    head_BH1 = torch.arange(B * H, device=index_BHS.device).view(B, H, 1)
-    if not N:
-        return x_BHNK.new_zeros(B, H, index_BHS.shape[2], K)
-    flat = x_BHNK.reshape(B * H * N, K)
-    rows = flat.index_select(0, (head_BH1 * N + index_BHS.clamp(min=0)).flatten()).view(B, H, -1, K)
-    return rows.masked_fill_((index_BHS < 0)[..., None], 0)
-
-
-def gather_select(q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, pyramid: Pyramid,
-                  index_BHS: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The chosen entries of queries, keys and values, each [B, H, S, K]."""
-    bases, coarse = (q_BTHK, k_BTHK, v_BTHK), pyramid[:3]
-    return tuple(TakeRows.apply(torch.cat((x_BTHK, y_BMHK), 1).transpose(1, 2), index_BHS)
-                 for x_BTHK, y_BMHK in zip(bases, coarse, strict=True))
-
-
-def unselect(out_BHSK: Tensor, inverse_BHN: Tensor, T: int, p: int, levels: int) -> Tensor:
-    """Outputs of chosen entries summed at the positions that they stand for, [B, T, H, K].
-
-    Entry i of level l reaches positions i f + f - 1 ... i f + 2 f - 2 (f = p^l): from the last token it sums up, so
-    that no position hears of a later one. Read from the position's side, n has one source a level, (n - f + 1) // f:
-    each level is a repeat and a shift, and their sum has a fixed order. Sums are in float32 or better.
-    """
-    place = Levels(T, p, levels)
-    spread_BHNK = TakeRows.apply(out_BHSK, inverse_BHN).to(torch.promote_types(out_BHSK.dtype, torch.float32))
-    total_BHTK = spread_BHNK[:, :, :T]
-    for level, (start, end) in enumerate(pairwise(place.starts)):
-        if level:
-            f = p**level
-            wide_BHTK = spread_BHNK[:, :, start:end].repeat_interleave(f, 2)
-            total_BHTK = total_BHTK + F.pad(wide_BHTK, (0, 0, f - 1, T))[:, :, :T]
-    return total_BHTK.to(out_BHSK.dtype).transpose(1, 2)

@@ -122,6 +122,22 @@ R, D = 4096, 4096  # bags, width
 CASES["bag_embedding forward"] = Case(lambda: k8.launch_forward(ids(R, S), bf16(V, D), -100))
 CASES["bag_embedding backward"] = Case(lambda: k8.launch_backward(bf16(R, D), ids(R, S), V, -100))
 
+# 16 heads at 131,072 positions, p = 4, L = 3: 40,960 pooled entries, of all 12,288 chosen
+TOKENS, POOLED, CHOSEN = (1, 131_072, 16, 128), (1, 40_960, 16, 128), (1, 16, 12_288, 128)
+k9 = importlib.import_module("labkit.kernels.lighthouse_pool_kernels")
+base, coarse, rows = (bf16(*shape) for shape in (TOKENS, POOLED, CHOSEN))
+CASES["pyramid_pool forward"] = Case(lambda: k9.launch_forward(base, base, base, 4, 3))
+CASES["pyramid_pool p=2 L=5 forward"] = Case(lambda: k9.launch_forward(base, base, base, 2, 5))
+CASES["pyramid_pool backward"] = Case(lambda: k9.launch_backward((coarse,) * 3, TOKENS[1], 4, 3))
+gather = importlib.import_module("labkit.kernels.lighthouse_gather")
+inverse = ids(1, 16, TOKENS[1] + POOLED[1])
+CASES["gather_select forward"] = Case(lambda: gather.launch_forward(*(base,) * 3, *(coarse,) * 3, ids(*CHOSEN[:3])))
+CASES["gather_select backward"] = Case(lambda: gather.launch_backward((rows,) * 3, inverse, TOKENS[1], 16))
+CASES["gather_select 4 key heads backward"] = Case(lambda: gather.launch_backward((rows,) * 3, inverse, TOKENS[1], 4))
+unselect = importlib.import_module("labkit.kernels.lighthouse_unselect")
+CASES["unselect forward"] = Case(lambda: unselect.launch_forward(rows, inverse, TOKENS[1], 4, 3))
+CASES["unselect backward"] = Case(lambda: unselect.launch_backward(base, ids(*CHOSEN[:3]), 4, 3))
+
 
 def kept(readings: list[Reading]) -> list[dict]:
     """What of them is kept: all but the seconds, which differ from run to run."""

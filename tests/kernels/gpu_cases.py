@@ -16,7 +16,7 @@ from torch import Tensor
 
 from labkit import kernels
 from labkit.measure.benchmarks import BENCHMARKS, Benchmark
-from labkit.measure.correctness import arriving, largest_error, outputs, relative_error
+from labkit.measure.correctness import arriving, gradients, largest_error, outputs, relative_error
 from labkit.measure.launches import peak_bytes
 from labkit.models import GPT, GPTConfig
 from labkit.trainers.loop import TrainSettings
@@ -30,11 +30,13 @@ SIZES = {
     "topk_kl_gradient": {"N": 129, "V": 50_257, "K": 50},
     "sparse_head_topk_kl": {"N": 129, "V": 5003, "H": 1000, "K": 50},
     "bag_embedding": {"R": 301, "S": 7, "D": 1000, "V": 5003}, "flash_attention": {"B": 2, "H": 3, "T": 517, "D": 96},
+    **{op: {"B": 2, "T": 4099, "H": 6, "J": 2, "K": 96, "budget": 128}
+       for op in ("pyramid_pool", "gather_select", "unselect")},
 }
 PAST_INT32 = {"N": 14_208, "V": 151_936}  # 2^31 elements and 11 million more
 # Their docstrings promise equal bits in two runs. The others use torch's own products or atomics, which do not.
 REPEATABLE = ("rms_norm", "qk_norm", "cross_entropy", "token_logprob", "topk_kl", "sparse_head_topk_kl",
-              "bag_embedding", "flash_attention", "holder_objective")
+              "bag_embedding", "flash_attention", "holder_objective", "pyramid_pool", "gather_select", "unselect")
 CHUNK, HEAD_SIZES = 2560, {"N": 16_384, "V": 32_000, "H": 1024}  # of the memory test; eager takes about 7 GB
 
 
@@ -59,7 +61,7 @@ def step(op: str, inputs: dict[str, Tensor], call: Callable | None = None,
         return [*results]
     arrives = arrives or arriving(tuple(each.detach() for each in results))
     leaves = [inputs[name] for name in benchmark.wrt]
-    return [*(each.detach() for each in results), *torch.autograd.grad(results, leaves, arrives)]
+    return [*(each.detach() for each in results), *gradients(results, leaves, arrives)]
 
 
 def repeats(op: str, inputs: dict[str, Tensor]) -> bool:
