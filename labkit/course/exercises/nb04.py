@@ -41,21 +41,22 @@ def _far(answer) -> str | None:
     return "T* = T0 / C^delta = 18.2 / (1e25)^0.035."
 
 
-def _shift(answer) -> str | None:
-    y_BPD = np.arange(2 * 4 * 3, dtype=float).reshape(2, 4, 3) + 1
-    start_D = np.array([-1.0, -2.0, -3.0])
-    import torch
-
-    moved = array(answer(torch.tensor(y_BPD), torch.tensor(start_D)))
-    if moved.shape != y_BPD.shape:
-        return f"Four patches went in, and the shape {moved.shape} came out. How many steps must the module take?"
-    if np.array_equal(moved, y_BPD):
-        return "Nothing moved: step p would know the bytes of patch p, which it helps to predict."
-    if np.array_equal(moved[:, 0], y_BPD[:, -1]):
-        return "The last patch came round to the front: step 0 would know the end of the text."
-    if not (moved[:, 0] == start_D).all():
-        return "Step 0 has no patch before it: it reads the start vector, in every sequence of the batch."
-    return None if np.array_equal(moved[:, 1:], y_BPD[:, :-1]) else "Step p must read patch p - 1."
+def _context(answer) -> str | None:
+    for t, T, reach in ((0, 4, 2), (8, 4, 1), (9, 8, 3), (15, 8, 1), (22, 12, 2), (7, 1, 1), (11, 4, 9)):
+        got, own = number(answer(t, T, reach)), t % T
+        if got == t - own + min(own, reach):
+            continue
+        where = f"At t={t}, T={T}, reach={reach} your function gives {got:g}."
+        if got > t:
+            return f"{where} Only {t} bytes come before byte {t}."
+        if got == t:
+            return f"{where} That is every byte before it, but inside its own patch it sees the last {reach} only."
+        if got == min(own, reach):
+            return f"{where} Earlier patches reach it too, through the global module, and with all their bytes."
+        if got == t - own:
+            return f"{where} That is the earlier patches; inside its own patch it sees up to {reach} bytes as well."
+        return f"{where} Count the earlier patches first, then the bytes of its own patch."
+    return None
 
 
 def _double(answer) -> str | None:
@@ -83,7 +84,7 @@ CHECKS = {
         wrong=[(0.5, "bytes"), (0, "When is that 0"), (2, "When is that 0")]),
     "04.2": Check(
         "Write tokens_per_parameter(T, rho): tokens a parameter, when rho bytes a parameter are best.",
-        3, "D = B / T.", _tokens,
+        3, "A text of B bytes has B / T tokens.", _tokens,
         right=[lambda T, rho: rho / T, lambda T, rho: np.float64(rho) / T],
         wrong=[(lambda T, rho: rho * T, "divide"), (lambda T, rho: 20, "rule of thumb"),
                (lambda T, rho: 7, "gives 7")]),
@@ -93,12 +94,13 @@ CHECKS = {
         right=[18.2 / 1e25**0.035, 2.43, np.float32(2.427)],
         wrong=[(18.2 * 1e25**0.035, "divide"), (3.28, "2e21"), (18.2 / 25**0.035, "not 25"), (1.0, "T0 / C^delta")]),
     "04.4": Check(
-        "Write shift(y_BPD, start_D): what the global module reads, so that step p knows the patches before p only.",
-        6, "Drop the last patch and put the start vector in front, for every sequence.", _shift,
-        right=[lambda y, start: __import__("torch").cat([start.expand(len(y), 1, -1), y[:, :-1]], 1)],
-        wrong=[(lambda y, start: y, "Nothing moved"), (lambda y, start: y.roll(1, 1), "came round"),
-               (lambda y, start: y[:, :-1], "shape"), (lambda y, start: y.roll(1, 1) * 0, "start vector"),
-               (lambda y, start: __import__("torch").cat([start.expand(len(y), 1, -1), y[:, 1:]], 1), "patch p - 1")]),
+        "Write context(t, T, reach): how many bytes the prediction of byte t can learn from, with one local layer.",
+        6, "t // T patches lie before the patch of byte t; t % T bytes lie before t inside it.", _context,
+        right=[lambda t, T, reach: t // T * T + min(t % T, reach),
+               lambda t, T, reach: float(t - max(t % T - reach, 0))],
+        wrong=[(lambda t, T, reach: t + 1, "come before byte 0"), (lambda t, T, reach: t, "every byte before it"),
+               (lambda t, T, reach: min(t % T, reach), "through the global module"),
+               (lambda t, T, reach: t // T * T, "as well"), (lambda t, T, reach: t // T, "Count the earlier patches")]),
     "04.5": Check(
         "Write double(T, bpb): the best T and bits per byte after a dummy byte is put behind each byte.",
         6, "Nothing is learned from a dummy byte and nothing is lost by it.", _double,
