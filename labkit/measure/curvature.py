@@ -35,9 +35,14 @@ def dot(a: Vector, b: Vector) -> Tensor:
     return torch.stack([(a[name] * b[name]).flatten(1).sum(1) for name in a]).sum(0)
 
 
+def over(factor_M: Tensor, tensor: Tensor) -> Tensor:
+    """A number a model, shaped to multiply a tensor [M, ...]."""
+    return factor_M.view(-1, *[1] * (tensor.ndim - 1))
+
+
 def scaled(vector: Vector, factor_M: Tensor) -> Vector:
     """Each model's part times a number."""
-    return {name: each * factor_M.view(-1, *[1] * (each.ndim - 1)) for name, each in vector.items()}
+    return {name: each * over(factor_M, each) for name, each in vector.items()}
 
 
 def unit(vector: Vector) -> Vector:

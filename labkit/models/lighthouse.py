@@ -103,7 +103,7 @@ class Lighthouse:
         Other T add their tail, T mod p^(L-1); a pyramid that is smaller than the budget gives what it has.
         """
         place, G = self.place(T), self.budget // self.tile
-        C, tail = place.whole // self.pooling ** (self.levels - 1), T - place.whole
+        C, tail = place.sizes[-1], T - place.whole
         if self.choice == "joint":
             finer = place.starts[self.levels - 1] - tail * (self.levels > 1)
             return C + tail + min(finer, (self.levels - 1) * self.pooling * self.budget)

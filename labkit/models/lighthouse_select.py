@@ -1,8 +1,6 @@
-"""What Lighthouse attention looks at: a pyramid of pooled entries, their scores, and the choice among them.
+"""What Lighthouse attention looks at: the choice among the entries of its pyramid (labkit.kernels.lighthouse_pool).
 
-    X^(l)_i = mean of X_j for j in [i p^l, (i + 1) p^l)      X in {Q, K, V}, levels l = 0 (the tokens) ... L - 1
-    score   = the largest ||Q_j||, and the largest ||K_j||, of the same range
-    S       = T / p^(L-1) + (L - 1) p k                      entries chosen, for every head alike
+    S = T / p^(L-1) + (L - 1) p k      entries chosen by their scores, for every head alike; levels l = 0 ... L - 1
 
 Entries of all levels stand one behind the other: 0 ... T - 1 are the tokens, then come level 1, level 2 and so on,
 N in all. Positions behind the last whole window of p^(L-1) (the tail) are pooled nowhere and always chosen.

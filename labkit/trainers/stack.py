@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from labkit.errors import LabError
+from labkit.measure.curvature import dot, over, scaled
 from labkit.models import GPT
 from labkit.objectives import next_token_loss
 
@@ -37,16 +38,6 @@ def stacked_losses(model: GPT, weights: Weights, windows_MBT1: Tensor) -> tuple[
         return next_token_loss(logits_BTV, windows_BT1[:, 1:]), torch.stack(model.attention.peaks)
 
     return vmap(loss)(weights, windows_MBT1)
-
-
-def norms(gradient: Sequence[Tensor]) -> Tensor:
-    """Euclidean norm of each model's gradient over all tensors, [M]."""
-    return torch.stack([each.flatten(1).square().sum(1) for each in gradient]).sum(0).sqrt()
-
-
-def over(factor_M: Tensor, tensor: Tensor) -> Tensor:
-    """A number a model, shaped to multiply a tensor [M, ...]."""
-    return factor_M.view(-1, *[1] * (tensor.ndim - 1))
 
 
 class StackedAdamW:
@@ -83,5 +74,4 @@ class StackedAdamW:
 
 def clip_stack(gradient: Mapping[str, Tensor], limit: float) -> dict[str, Tensor]:
     """Each model's gradient with its norm cut to `limit`."""
-    factor_M = (limit / (norms(list(gradient.values())) + 1e-6)).clamp(max=1.0)
-    return {name: each * over(factor_M, each) for name, each in gradient.items()}
+    return scaled(gradient, (limit / (dot(gradient, gradient).sqrt() + 1e-6)).clamp(max=1.0))
