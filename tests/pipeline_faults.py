@@ -4,7 +4,8 @@ import functools
 import importlib
 import inspect
 import pkgutil
-import textwrap
+
+from planted import altered
 
 import labkit.pipeline
 
@@ -18,18 +19,16 @@ def plant(monkeypatch, place: str, old: str, new: str, here: dict) -> None:
     module = importlib.import_module(f"labkit.pipeline.{module_name}")
     owner = functools.reduce(getattr, inner, module)
     right = inspect.getattr_static(owner, name)
-    text = textwrap.dedent(inspect.getsource(getattr(right, "func", None) or getattr(right, "fget", None) or right))
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {place}"
-    names = {}
-    exec(compile(text.replace(old, new), place, "exec"), vars(module), names)
+    written = getattr(right, "func", None) or getattr(right, "fget", None) or right  # of a property
+    wrong = altered(written, name, old, new, vars(module))
     if inner:
-        if isinstance(names[name], functools.cached_property):
-            names[name].__set_name__(owner, name)
-        monkeypatch.setattr(owner, name, names[name])
+        if isinstance(wrong, functools.cached_property):
+            wrong.__set_name__(owner, name)
+        monkeypatch.setattr(owner, name, wrong)
         return
     spaces = [here, vars(labkit.pipeline)] + [vars(importlib.import_module(found.name)) for found in
                                               pkgutil.iter_modules(labkit.pipeline.__path__, "labkit.pipeline.")]
     tables = [value for space in spaces for key, value in space.items() if isinstance(value, dict) and key.isupper()]
     for table in spaces + tables:  # tables of functions, such as the one of bound schedules
         for key in [key for key, value in table.items() if value is right]:
-            monkeypatch.setitem(table, key, names[name])
+            monkeypatch.setitem(table, key, wrong)

@@ -2,7 +2,6 @@
 fault (a sign, a bound, a mask, a mean) is noticed."""
 
 import importlib
-import inspect
 import math
 import re
 
@@ -10,6 +9,7 @@ import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
+from planted import altered
 
 from labkit.errors import LabError
 from labkit.measure import power_mean
@@ -490,12 +490,10 @@ PLANTED = [(arm, *fault[:5]) for fault in FAULTS for arm in fault[5]]
 def plant(monkeypatch, module, function: str, old: str, new: str) -> None:
     """Put a function with one place of its text altered in place of the right one; it keeps its module's names."""
     right = getattr(module, function)
-    text, altered = inspect.getsource(right), {}
-    assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {function}"
-    exec(compile(text.replace(old, new), function, "exec"), vars(module), altered)
+    wrong = altered(right, function, old, new, vars(module))
     for place in (module, objective):  # policy_gradient imports the op by name
         if getattr(place, function, None) is right:
-            monkeypatch.setattr(place, function, altered[function])
+            monkeypatch.setattr(place, function, wrong)
 
 
 @pytest.mark.parametrize(("arm", "fault", "module", "function", "old", "new"), PLANTED,
