@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def altered(right: Callable, name: str, old: str, new: str, space: dict):
-    """`name` as `right`'s source makes it with `old`, which stands there once, replaced; it sees the names of `space`."""
+    """`name` as the source of `right` makes it with `old`, which stands there once, replaced; `space`: its globals."""
     text, names = textwrap.dedent(inspect.getsource(right)), {}
     assert text.count(old) == 1, f"{old!r} stands {text.count(old)} times in {name}"
     exec(compile(text.replace(old, new), name, "exec"), space, names)
