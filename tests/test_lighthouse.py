@@ -12,7 +12,7 @@ from labkit.errors import LabError
 from labkit.kernels import gather_select, pyramid_pool, unselect
 from labkit.kernels.lighthouse_levels import Levels, TakeRows, inverted
 from labkit.models import GPT, GPTConfig, KVCache, sdpa_attention
-from labkit.models.lighthouse import Lighthouse, Selection, contributors, every_head, lighthouse_layers
+from labkit.models.lighthouse import Lighthouse, Selection, contributors, lighthouse_layers, positions_first
 from labkit.models.lighthouse_select import RandomScores, in_order
 
 SHAPES = [(64, 4, 3, 8, 4), (61, 4, 3, 4, 4), (37, 2, 3, 4, 2), (48, 2, 4, 4, 4), (50, 3, 3, 6, 2), (7, 2, 2, 8, 4),
@@ -26,7 +26,7 @@ def draw(T, heads=2, key_heads=2, K=4, B=2, seed=0):
 
 
 def chosen_by(method, q, k, v):
-    q, k, v = every_head(q, k, v)
+    q, k, v = positions_first(q, k, v)
     return method.select(method.pyramid(q, k, v), q.shape[1])
 
 
@@ -128,7 +128,7 @@ def test_joint_takes_the_highest():
     """With the whole budget on queries and keys that agree, the joint choice is the largest scores of all levels."""
     q, _, v = draw(64)
     method = Lighthouse(4, 3, 4, 4, choice="joint")
-    pyramid = method.pyramid(*every_head(q, q, v))
+    pyramid = method.pyramid(*positions_first(q, q, v))
     index_BHS = method.select(pyramid, 64).index_BHS
     score_N = pyramid.q_score_BHN[0, 0]
     finer = index_BHS[0, 0][index_BHS[0, 0] < 80]
@@ -168,7 +168,7 @@ def test_keeps_coarser_levels_as_maxima():
 def test_causal_with_a_frozen_choice():
     """With the choice held fixed, changing inputs from t on changes no output before t, exactly, and t's own."""
     method, T = Lighthouse(4, 3, 8, 4), 61
-    q, k, v = every_head(*draw(T))
+    q, k, v = positions_first(*draw(T))
     selection = method.select(method.pyramid(q, k, v), T)
     before = method.attend(q, k, v, method.pyramid(q, k, v), selection)
     for t in range(0, T, 4):
@@ -236,7 +236,7 @@ def test_grouped_queries(key_heads):
 def test_autograd_against_finite_differences():
     """gradgradcheck of a look-up, and gradcheck of attention with its choice held fixed."""
     method, T = Lighthouse(2, 3, 2, 2), 13
-    q, k, v = every_head(*draw(T, B=1))
+    q, k, v = positions_first(*draw(T, B=1))
     selection = method.select(method.pyramid(q, k, v), T)
     parts = [part.clone().requires_grad_() for part in (q, k, v)]
     assert torch.autograd.gradcheck(lambda *x: method.attend(*x, method.pyramid(*x), selection), parts)
@@ -257,7 +257,7 @@ def test_unselect_undoes_gather_at_level_0():
 def test_empty_slots_change_nothing():
     """Slots of -1, wherever a caller puts them, go behind all entries and take no part."""
     method, T = Lighthouse(4, 3, 4, 4), 48
-    q, k, v = every_head(*draw(T))
+    q, k, v = positions_first(*draw(T))
     pyramid, place = method.pyramid(q, k, v), method.place(T)
     index_BHS = method.select(pyramid, T).index_BHS
     holes = torch.cat((torch.full_like(index_BHS[..., :3], -1), index_BHS), -1)

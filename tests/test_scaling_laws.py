@@ -26,6 +26,18 @@ def test_law_two_is_found_exactly_without_noise():
     assert law.optimum(1e20) == pytest.approx(18.2 / 1e20**0.035, rel=1e-6)
 
 
+def test_a_bent_law_is_found_exactly_without_noise():
+    """With phi free the fit finds a curvature that falls with compute, and the slope of the optimum beside it; on the
+    paper's form phi comes out as 0; the bootstrap of exact losses has no spread."""
+    bent = LawTwo(L0=3342, gamma=-0.206, F=0.032 * 1e20**0.13, delta=0.02, T0=10.0, E=0.70, phi=-0.13)
+    for truth in (bent, TRUTH):
+        law = fit_law_two(C, T, truth.loss(C, T), optimum="bent")
+        assert [law.delta, law.phi, law.E] == pytest.approx([truth.delta, truth.phi, truth.E], abs=1e-6)
+        np.testing.assert_allclose(law.loss(7e21, RATES), truth.loss(7e21, RATES), rtol=1e-6)
+        drawn = bootstrap_law_two(C, T, truth.loss(C, T), optimum="bent", draws=5)
+        np.testing.assert_allclose([drawn.delta, drawn.phi], [[truth.delta] * 5, [truth.phi] * 5], atol=1e-6)
+
+
 def test_the_printed_law_gives_the_printed_optima():
     """The paper's six numbers give T* = 3.69 at 1e20 and 3.33 at 2e21 up to their rounding; the best T has the lowest
     loss, and the logarithm is natural: F ln(2)^2 is paid at twice the best T."""
@@ -35,20 +47,20 @@ def test_the_printed_law_gives_the_printed_optima():
     assert TRUTH.loss(1e20, 2 * best) - TRUTH.loss(1e20, best) == pytest.approx(0.032 * np.log(2) ** 2)
 
 
-@pytest.mark.parametrize("optimum", ["moving", "fixed", "none"])
+@pytest.mark.parametrize("optimum", ["moving", "fixed", "none", "bent"])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_law_two_agrees_with_scipy(seed, optimum):
-    """On noisy losses no fit of the same form by scipy from many starts has a smaller error, for all three forms."""
+    """On noisy losses no fit of the same form by scipy from many starts has a smaller error, for all four forms."""
     from scipy.optimize import least_squares
 
     y, c = noisy(seed), np.log(C) - np.log(C).mean()
 
     def residual(theta):
         a, gamma, E, *rest = theta
-        F, tau, delta = (*rest, 0.0, 0.0, 0.0)[:3]
-        return np.exp(a + gamma * c) + F * (np.log(T) + delta * c - tau) ** 2 + E - y
+        F, tau, delta, phi = (*rest, 0.0, 0.0, 0.0, 0.0)[:4]
+        return np.exp(a + gamma * c) + F * np.exp(phi * c) * (np.log(T) + delta * c - tau) ** 2 + E - y
 
-    extra = {"moving": [0.03, 1.3, 0.03], "fixed": [0.03, 1.3], "none": []}[optimum]
+    extra = {"moving": [0.03, 1.3, 0.03], "fixed": [0.03, 1.3], "none": [], "bent": [0.03, 1.3, 0.03, 0.0]}[optimum]
     found = min((least_squares(residual, [a, gamma, 0.6, *extra], xtol=1e-14, ftol=1e-14, gtol=1e-14)
                  for a in (-2.0, -1.0) for gamma in (-0.1, -0.2, -0.4)), key=lambda result: result.cost)
     law = fit_law_two(C, T, y, optimum=optimum)
@@ -107,13 +119,13 @@ def test_wild_starts_end_at_one_optimum():
     """From wild starts, where undamped steps overshoot, each of 40 problems side by side ends below where it began, and
     most at the same error; the errors returned are those of the numbers returned."""
     c_M, u_M, y_M = np.log(C), np.log(T), noisy()
-    start_R6 = np.random.default_rng(3).normal([-1, -0.8, -3, 0.5, 1, 0.7], [1, 0.5, 2, 1, 2, 0.5], size=(40, 6))
-    start_R6[:, 1] = start_R6[:, 1].clip(-2, -1e-4)
-    before_R = ((_model(start_R6, c_M - c_M.mean(), u_M)[0] - y_M) ** 2).sum(1)
+    start_R7 = np.random.default_rng(3).normal([-1, -0.8, -3, 0.5, 1, 0.7, 0], [1, 0.5, 2, 1, 2, 0.5, 0], size=(40, 7))
+    start_R7[:, 1] = start_R7[:, 1].clip(-2, -1e-4)
+    before_R = ((_model(start_R7, c_M - c_M.mean(), u_M)[0] - y_M) ** 2).sum(1)
     weight_RM = np.ones((40, len(y_M)))
-    end_R6, error_R = _solve(c_M, u_M, y_M * weight_RM, weight_RM, start_R6.copy(), "moving")
+    end_R7, error_R = _solve(c_M, u_M, y_M * weight_RM, weight_RM, start_R7.copy(), "moving")
     assert (error_R < before_R).all() and np.median(error_R) < 1.001 * error_R.min()
-    np.testing.assert_allclose(((_model(end_R6, c_M - c_M.mean(), u_M)[0] - y_M) ** 2).sum(1), error_R)
+    np.testing.assert_allclose(((_model(end_R7, c_M - c_M.mean(), u_M)[0] - y_M) ** 2).sum(1), error_R)
 
 
 def test_law_one_is_found_and_obeys_its_identities():

@@ -5,10 +5,11 @@ C training FLOPs, T bytes per token, N parameters, B bytes of text, D = B / T to
     law I    B*(C, T) = B0 C^alpha T^beta      so  N* = C T / (6 B*),  B*/N* = 6 B0^2 C^(2 alpha - 1) T^(2 beta - 1)
     law II   L(C, T)  = L0 C^gamma + F ln^2(C^delta T / T0) + E      so  T*(C) = T0 / C^delta
 
-In law I, beta = 1/2 makes bytes per parameter free of T, beta = 1 tokens per parameter. In law II the best T moves with
-compute where delta is not 0. Source: Compute Optimal Tokenization, arXiv 2605.01188, sections 3.2 to 3.4, appendix B.
-The paper fits by L-BFGS from a grid of starts; law II is solved here by Levenberg and Marquardt's method on centred
-logarithms, where the six numbers hardly hinder each other, many resampled tables at once. Needs numpy only.
+In law I, beta = 1/2 makes bytes per parameter free of T, beta = 1 tokens per parameter. In law II the best T moves
+with compute where delta is not 0. Our own variant lets the curvature bend too, F C^phi for F. Source: Compute Optimal
+Tokenization, arXiv 2605.01188, sections 3.2 to 3.4, appendix B. The paper fits by L-BFGS from a grid of starts; law II
+is solved here by Levenberg and Marquardt's method on centred logarithms, where its numbers hardly hinder each other,
+many resampled tables at once. Needs numpy only.
 """
 
 from dataclasses import dataclass
@@ -18,7 +19,8 @@ import numpy as np
 
 from labkit.errors import LabError
 
-OPTIMA = {"moving": (0, 1, 2, 3, 4, 5), "fixed": (0, 1, 2, 4, 5), "none": (0, 1, 5)}  # which of theta is fitted
+OPTIMA = {"moving": (0, 1, 2, 3, 4, 5), "fixed": (0, 1, 2, 4, 5), "none": (0, 1, 5),
+          "bent": (0, 1, 2, 3, 4, 5, 6)}  # which of theta is fitted
 RESAMPLES = ("points", "budgets", "residuals")
 GAMMA_BOUNDS = (-2.0, -1e-4)  # the paper's start at -2 and end at 0, where L0 C^gamma and E become one
 STARTS = np.linspace(-0.05, -1.0, 13)  # of gamma; the rest of a start is linear least squares
@@ -95,12 +97,13 @@ class LawTwo:
     delta: float
     T0: float
     E: float
+    phi: float = 0.0  # the paper's law has none
 
     def loss(self, compute, bytes_per_token):
-        """L0 C^gamma + F ln^2(C^delta T / T0) + E, in the unit of the losses that were fitted."""
+        """L0 C^gamma + F C^phi ln^2(C^delta T / T0) + E, in the unit of the losses that were fitted."""
         compute, bytes_per_token = np.asarray(compute, float), np.asarray(bytes_per_token, float)
         away = self.delta * np.log(compute) + np.log(bytes_per_token) - np.log(self.T0)
-        return self.L0 * compute**self.gamma + self.F * away**2 + self.E
+        return self.L0 * compute**self.gamma + self.F * compute**self.phi * away**2 + self.E
 
     def optimum(self, compute):
         """T*(C) = T0 / C^delta, in bytes per token."""
@@ -113,18 +116,18 @@ def fit_law_two(compute, bytes_per_token, loss, *, optimum: str = "moving") -> L
     """Least-squares fit of law II to M measured losses, in bits per byte or any other unit.
 
     optimum: "moving", all six numbers; "fixed", delta = 0, one T* for all budgets; "none", F = 0, the loss does not
-        depend on T. The last two are the paper's baselines (table 7).
+        depend on T, the paper's baselines (table 7); "bent", with phi as the seventh.
     Raises LabError for unequal lengths, values that are not positive, and fewer than three budgets or T.
     """
     c_M, u_M, y_M = _checked(compute, bytes_per_token, loss, optimum)
     starts = np.array([_start(c_M, u_M, y_M, gamma, optimum) for gamma in STARTS])
     many = np.ones((len(starts), 1))
-    theta_R6, error_R = _solve(c_M, u_M, y_M * many, np.ones_like(y_M) * many, starts, optimum)
-    return _law(theta_R6[error_R.argmin()], c_M.mean())
+    theta_R7, error_R = _solve(c_M, u_M, y_M * many, np.ones_like(y_M) * many, starts, optimum)
+    return _law(theta_R7[error_R.argmin()], c_M.mean())
 
 
-def bootstrap_law_two(compute, bytes_per_token, loss, *, resample: str = "points", draws: int = 1000,
-                      seed: int = 0) -> LawTwo:
+def bootstrap_law_two(compute, bytes_per_token, loss, *, resample: str = "points", optimum: str = "moving",
+                      draws: int = 1000, seed: int = 0) -> LawTwo:
     """Law II on `draws` resampled tables: a LawTwo whose fields are arrays [draws], for quantiles of any of them.
 
     resample: "points" draws cells of the table; "budgets" draws whole rows of equal C, since cells of a row share what
@@ -132,8 +135,8 @@ def bootstrap_law_two(compute, bytes_per_token, loss, *, resample: str = "points
     """
     if resample not in RESAMPLES:
         raise LabError(f"There is no way to resample called {resample!r}.", f"Choose one of {', '.join(RESAMPLES)}.")
-    c_M, u_M, y_M = _checked(compute, bytes_per_token, loss, "moving")
-    law, rng = fit_law_two(compute, bytes_per_token, loss), np.random.default_rng(seed)
+    c_M, u_M, y_M = _checked(compute, bytes_per_token, loss, optimum)
+    law, rng = fit_law_two(compute, bytes_per_token, loss, optimum=optimum), np.random.default_rng(seed)
     weight_RM, y_RM = np.ones((draws, len(y_M))), np.tile(y_M, (draws, 1))
     if resample == "points":
         weight_RM = rng.multinomial(len(y_M), np.full(len(y_M), 1 / len(y_M)), size=draws).astype(float)
@@ -143,23 +146,23 @@ def bootstrap_law_two(compute, bytes_per_token, loss, *, resample: str = "points
     else:
         fitted_M = law.loss(compute, bytes_per_token)
         y_RM = fitted_M + rng.choice(y_M - fitted_M, size=(draws, len(y_M)))
-    start_R6 = np.tile(_theta(law, c_M.mean()), (draws, 1))
-    theta_R6, _ = _solve(c_M, u_M, y_RM, weight_RM, start_R6, "moving")
-    return _law(theta_R6.T, c_M.mean())
+    start_R7 = np.tile(_theta(law, c_M.mean()), (draws, 1))
+    theta_R7, _ = _solve(c_M, u_M, y_RM, weight_RM, start_R7, optimum)
+    return _law(theta_R7.T, c_M.mean())
 
 
-# how law II is solved: theta = (a, gamma, f, delta, tau, E) with c = ln C - mean, u = ln T, and
-#     L = exp(a + gamma c) + exp(f) (u + delta c - tau)^2 + E;     tau = ln T* at the mean budget
+# how law II is solved: theta = (a, gamma, f, delta, tau, E, phi) with c = ln C - mean, u = ln T, and
+#     L = exp(a + gamma c) + exp(f + phi c) (u + delta c - tau)^2 + E;     tau = ln T* at the mean budget
 
 def _law(theta, mean: float) -> LawTwo:
-    """Back from centred logarithms; theta is [6] or [6, R]."""
-    a, gamma, f, delta, tau, E = theta
-    return LawTwo(np.exp(a - gamma * mean), gamma, np.exp(f), delta, np.exp(tau + delta * mean), E)
+    """Back from centred logarithms; theta is [7] or [7, R]."""
+    a, gamma, f, delta, tau, E, phi = theta
+    return LawTwo(np.exp(a - gamma * mean), gamma, np.exp(f - phi * mean), delta, np.exp(tau + delta * mean), E, phi)
 
 
 def _theta(law: LawTwo, mean: float) -> np.ndarray:
-    return np.array([np.log(law.L0) + law.gamma * mean, law.gamma, np.log(law.F), law.delta,
-                     np.log(law.T0) - law.delta * mean, law.E])
+    return np.array([np.log(law.L0) + law.gamma * mean, law.gamma, np.log(law.F) + law.phi * mean, law.delta,
+                     np.log(law.T0) - law.delta * mean, law.E, law.phi])
 
 
 def _start(c_M, u_M, y_M, gamma: float, optimum: str) -> np.ndarray:
@@ -168,52 +171,52 @@ def _start(c_M, u_M, y_M, gamma: float, optimum: str) -> np.ndarray:
     power_M, one_M = np.exp(gamma * c_M), np.ones_like(c_M)
     if optimum == "none":
         (height, E), *_ = np.linalg.lstsq(np.stack([power_M, one_M], 1), y_M, rcond=None)
-        return np.array([np.log(max(height, 1e-6)), gamma, -np.inf, 0.0, 0.0, E])
+        return np.array([np.log(max(height, 1e-6)), gamma, -np.inf, 0.0, 0.0, E, 0.0])
     (height, E, square, cross, slope), *_ = np.linalg.lstsq(
         np.stack([power_M, one_M, u_M**2, u_M * c_M, u_M], 1), y_M, rcond=None)
     square = max(square, 1e-6)
-    tau, delta = -slope / (2 * square), cross / (2 * square) if optimum == "moving" else 0.0
-    return np.array([np.log(max(height, 1e-6)), gamma, np.log(square), delta, tau, E - square * tau**2])
+    tau, delta = -slope / (2 * square), cross / (2 * square) if optimum in ("moving", "bent") else 0.0
+    return np.array([np.log(max(height, 1e-6)), gamma, np.log(square), delta, tau, E - square * tau**2, 0.0])
 
 
-def _model(theta_R6, c_M, u_M) -> tuple[np.ndarray, np.ndarray]:
-    """Losses [R, M] and their derivatives by theta [R, M, 6]."""
-    a, gamma, f, delta, tau, E = (column[:, None] for column in theta_R6.T)
+def _model(theta_R7, c_M, u_M) -> tuple[np.ndarray, np.ndarray]:
+    """Losses [R, M] and their derivatives by theta [R, M, 7]."""
+    a, gamma, f, delta, tau, E, phi = (column[:, None] for column in theta_R7.T)
     with np.errstate(over="ignore"):
-        power_RM, F = np.exp(a + gamma * c_M), np.exp(f)
+        power_RM, F = np.exp(a + gamma * c_M), np.exp(f + phi * c_M)
         away_RM = u_M + delta * c_M - tau
-        slope_RM = 2 * F * away_RM
-        parts = (power_RM, power_RM * c_M, F * away_RM**2, slope_RM * c_M, -slope_RM, np.ones_like(power_RM))
-        return power_RM + F * away_RM**2 + E, np.stack(parts, -1)
+        bowl_RM, slope_RM = F * away_RM**2, 2 * F * away_RM
+        parts = (power_RM, power_RM * c_M, bowl_RM, slope_RM * c_M, -slope_RM, np.ones_like(power_RM), bowl_RM * c_M)
+        return power_RM + bowl_RM + E, np.stack(parts, -1)
 
 
-def _solve(c_M, u_M, y_RM, weight_RM, theta_R6, optimum: str, rounds: int = 200) -> tuple[np.ndarray, np.ndarray]:
+def _solve(c_M, u_M, y_RM, weight_RM, theta_R7, optimum: str, rounds: int = 200) -> tuple[np.ndarray, np.ndarray]:
     """Levenberg and Marquardt for R weighted problems side by side; returns theta and the weighted squared errors."""
     c_M, free = c_M - c_M.mean(), list(OPTIMA[optimum])
-    damping_R = np.full(len(theta_R6), 1e-2)
-    fitted_RM, slope_RM6 = _model(theta_R6, c_M, u_M)
+    damping_R = np.full(len(theta_R7), 1e-2)
+    fitted_RM, slope_RM7 = _model(theta_R7, c_M, u_M)
     error_R = (weight_RM * (y_RM - fitted_RM) ** 2).sum(1)
     for _ in range(rounds):
-        J_RMK = slope_RM6[:, :, free]
+        J_RMK = slope_RM7[:, :, free]
         JW_RKM = (J_RMK * weight_RM[:, :, None]).transpose(0, 2, 1)
         normal_RKK, right_RK = JW_RKM @ J_RMK, (JW_RKM @ (y_RM - fitted_RM)[:, :, None])[:, :, 0]
         scale_RK = np.einsum("rkk->rk", normal_RKK) + 1e-12
         damped_RKK = normal_RKK + (damping_R[:, None] * scale_RK)[:, :, None] * np.eye(len(free))
         step_RK = np.linalg.solve(damped_RKK, right_RK[:, :, None])[:, :, 0]
-        tried_R6 = theta_R6.copy()
-        tried_R6[:, free] += np.clip(step_RK, -1.0, 1.0)
-        tried_R6[:, 1] = tried_R6[:, 1].clip(*GAMMA_BOUNDS)
-        tried_fit_RM, tried_slope_RM6 = _model(tried_R6, c_M, u_M)
+        tried_R7 = theta_R7.copy()
+        tried_R7[:, free] += np.clip(step_RK, -1.0, 1.0)
+        tried_R7[:, 1] = tried_R7[:, 1].clip(*GAMMA_BOUNDS)
+        tried_fit_RM, tried_slope_RM7 = _model(tried_R7, c_M, u_M)
         tried_error_R = (weight_RM * (y_RM - tried_fit_RM) ** 2).sum(1)
         better_R = tried_error_R < error_R  # not a number is not better
         gain = np.max((error_R - tried_error_R)[better_R] / error_R[better_R].clip(1e-300), initial=0.0)
-        for kept, tried in ((theta_R6, tried_R6), (fitted_RM, tried_fit_RM), (slope_RM6, tried_slope_RM6),
+        for kept, tried in ((theta_R7, tried_R7), (fitted_RM, tried_fit_RM), (slope_RM7, tried_slope_RM7),
                             (error_R, tried_error_R)):
             kept[better_R] = tried[better_R]
         damping_R = np.where(better_R, damping_R / 5, damping_R * 4).clip(1e-12, 1e12)
         if gain < 1e-12 and (better_R | (damping_R > 1e6)).all():
             break
-    return theta_R6, error_R
+    return theta_R7, error_R
 
 
 def _logarithms(**columns) -> list[np.ndarray]:

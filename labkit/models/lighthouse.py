@@ -67,23 +67,25 @@ class Lighthouse:
         if q_BHTK.shape[2] != k_BJTK.shape[2]:
             raise LabError("Lighthouse attention needs all queries at once and cannot decode.",
                            "Set model.attention = sdpa_attention before sampling.")
-        q_BTHK, k_BTHK, v_BTHK = every_head(q_BHTK, k_BJTK, v_BJTK)
-        pyramid = self.pyramid(q_BTHK, k_BTHK, v_BTHK)
+        q_BTHK, k_BTJK, v_BTJK = positions_first(q_BHTK, k_BJTK, v_BJTK)
+        pyramid = self.pyramid(q_BTHK, k_BTJK, v_BTJK)
         chosen = self.select(pyramid, q_BTHK.shape[1])
-        return self.attend(q_BTHK, k_BTHK, v_BTHK, pyramid, chosen).transpose(1, 2)
+        return self.attend(q_BTHK, k_BTJK, v_BTJK, pyramid, chosen).transpose(1, 2)
 
     def place(self, T: int) -> Levels:
         """Where the entries of T positions stand."""
         return Levels(T, self.pooling, self.levels)
 
-    def pyramid(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor) -> Pyramid:
-        """Pooled entries and scores, by the scorer."""
-        pyramid = pyramid_pool(q_BTHK, k_BTHK, v_BTHK, self.pooling, self.levels)
-        if self.scorer is None:
-            return pyramid
-        with torch.no_grad():
-            place = self.place(q_BTHK.shape[1])
-            return Pyramid(*pyramid[:3], *(highest(score, place) for score in self.scorer(q_BTHK, k_BTHK, v_BTHK)))
+    def pyramid(self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor) -> Pyramid:
+        """Pooled entries, and scores by the scorer: k's too for every query head, since each chooses for itself."""
+        pyramid = pyramid_pool(q_BTHK, k_BTJK, v_BTJK, self.pooling, self.levels)
+        *pooled, q_score_BHN, k_score_BJN = pyramid
+        if self.scorer is not None:
+            with torch.no_grad():
+                place = self.place(q_BTHK.shape[1])
+                q_score_BHN, k_score_BJN = (highest(x, place) for x in self.scorer(q_BTHK, k_BTJK, v_BTJK))
+        times = q_score_BHN.shape[1] // k_score_BJN.shape[1]
+        return Pyramid(*pooled, q_score_BHN, k_score_BJN.repeat_interleave(times, 1) if times > 1 else k_score_BJN)
 
     def select(self, pyramid: Pyramid, T: int) -> Selection:
         """The choice for T positions."""
@@ -91,9 +93,9 @@ class Lighthouse:
         index_BHS = in_order(CHOICES[self.choice](pyramid, place, self.budget, self.tile), place)
         return Selection(index_BHS, inverted(index_BHS, place.starts[-1]))
 
-    def attend(self, q_BTHK: Tensor, k_BTHK: Tensor, v_BTHK: Tensor, pyramid: Pyramid, chosen: Selection) -> Tensor:
+    def attend(self, q_BTHK: Tensor, k_BTJK: Tensor, v_BTJK: Tensor, pyramid: Pyramid, chosen: Selection) -> Tensor:
         """Attention on a given choice, [B, T, H, K]. A position without a contributor gets zeros."""
-        short = gather_select(q_BTHK, k_BTHK, v_BTHK, pyramid, chosen.index_BHS, trusted=True)
+        short = gather_select(q_BTHK, k_BTJK, v_BTJK, pyramid, chosen.index_BHS, trusted=True)
         out_BHSK = F.scaled_dot_product_attention(*short, is_causal=True)
         return unselect(out_BHSK, chosen.inverse_BHN, q_BTHK.shape[1], self.pooling, self.levels, trusted=True)
 
@@ -116,11 +118,9 @@ class Lighthouse:
         return chosen
 
 
-def every_head(q_BHTK: Tensor, k_BJTK: Tensor, v_BJTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v as [B, T, H, K]; keys and values of grouped queries are repeated, since each head chooses for itself."""
-    times = q_BHTK.shape[1] // k_BJTK.shape[1]
-    k_BHTK, v_BHTK = (x if times == 1 else x.repeat_interleave(times, 1) for x in (k_BJTK, v_BJTK))
-    return q_BHTK.transpose(1, 2), k_BHTK.transpose(1, 2), v_BHTK.transpose(1, 2)
+def positions_first(*heads_first_BHTK: Tensor) -> tuple[Tensor, ...]:
+    """[B, heads, T, K] of attention as the kernels' [B, T, heads, K], without a copy."""
+    return tuple(x_BHTK.transpose(1, 2) for x_BHTK in heads_first_BHTK)
 
 
 def contributors(chosen: Selection, T: int, p: int, levels: int) -> Tensor:
