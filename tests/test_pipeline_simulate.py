@@ -608,7 +608,7 @@ FAULTS = [
     (exact("zb_h1"), "simulate.Costs.of", "- self.weight_ms[op.stage], self", ", self"),
     (exact("zb_h1"), "simulate.Costs.of", 'op.kind == "W"', 'op.kind == "V"'),
     (exact("roundpipe"), "simulate.simulate", "(event.start, event.end)", "-event.end"),
-    (exact("roundpipe_async"), "simulate.simulate", "staleness=ROUND[schedule]", "staleness=0"),
+    (exact("roundpipe_async"), "schedules.make_plan", "staleness=ROUND[schedule]", "staleness=0"),
     (bounds("roundpipe_async"), "simulate.simulate", "plan.staleness > 0", "plan.staleness < 0"),
     (character, "simulate.simulate", "warm_up=plan.bound", "warm_up=not plan.bound"),
     (test_empty_stages_hop_but_need_not_count, "simulate.simulate", "keep_empty or", ""),

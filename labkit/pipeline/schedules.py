@@ -155,3 +155,12 @@ def roundpipe_plan(N: int, M: int, S_f: int, S_b: int, *, staleness: int = 0, ro
                 turn += 1
     last = Op(*slots[-1], M - 1)
     return Plan(tuple(map(tuple, orders)), S_f, S_b, last, bound=False, staleness=staleness)
+
+
+def make_plan(schedule: str, workers: int, micro_batches: int, stages: tuple[int, int], *,
+              round_size: int | None = None, iterations: int = 1) -> Plan:
+    """The plan of any schedule; `stages`: how many go forward and how many backward. Raises LabError."""
+    if schedule in BOUND:
+        return bound_plan(schedule, workers, micro_batches, stages[0], iterations)
+    return roundpipe_plan(workers, micro_batches, *stages, staleness=ROUND[schedule], round_size=round_size,
+                          iterations=iterations)

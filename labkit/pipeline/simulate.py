@@ -19,7 +19,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from labkit.errors import LabError
-from labkit.pipeline.schedules import BOUND, ROUND, SCHEDULES, Op, Plan, bound_plan, roundpipe_plan
+from labkit.pipeline.schedules import BOUND, SCHEDULES, Op, Plan, make_plan
 from labkit.pipeline.timeline import Event, Timeline
 
 
@@ -66,11 +66,7 @@ def simulate(schedule: str, *, workers: int, micro_batches: int, stage_forward_m
     if min(workers, micro_batches, iterations) < 1:
         raise LabError("Workers, micro-batches and iterations must be 1 or more.", "Choose whole numbers from 1 on.")
     stages = len(costs.forward_ms), len(costs.backward_ms)
-    if schedule in BOUND:
-        plan = bound_plan(schedule, workers, micro_batches, stages[0], iterations)
-    else:
-        plan = roundpipe_plan(workers, micro_batches, *stages, staleness=ROUND[schedule], round_size=round_size,
-                              iterations=iterations)
+    plan = make_plan(schedule, workers, micro_batches, stages, round_size=round_size, iterations=iterations)
     events = [event for event in run(plan, costs) if keep_empty or event.end > event.start]
     return Timeline(workers, tuple(sorted(events, key=lambda event: (event.start, event.end))),
                     asynchronous=plan.staleness > 0, warm_up=plan.bound)

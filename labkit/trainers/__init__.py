@@ -7,6 +7,7 @@ keep           Keep: every k-th checkpoint of a run, in memory or on disk
 pretrain       next-token training on windows of a text; held-out loss
 superposition  pre-training on bags of tokens (notebook 02)
 stack          many small models trained as one; architecture_warmup: the arms of notebook 05 on it
+late_weights   train_late: weights that lack the last updates, as an asynchronous pipeline reads them (notebook 06)
 sft            supervised fine-tuning on prompts and answers
 imitate        supervised training on solutions that small worlds write
 rollout        answers that a policy draws, and what the verifier says; accuracy
@@ -24,6 +25,7 @@ from labkit.trainers.extrapolate import Trajectory, extrapolate_rank1
 from labkit.trainers.grpo import GRPOSettings, grpo
 from labkit.trainers.imitate import Lesson, imitate
 from labkit.trainers.keep import Keep
+from labkit.trainers.late_weights import LateHistory, train_late
 from labkit.trainers.loop import History, TrainSettings, train
 from labkit.trainers.pretrain import held_out_loss, pretrain
 from labkit.trainers.rollout import accuracy, roll_out, written
@@ -32,7 +34,7 @@ from labkit.trainers.superposition import Superposition, pretrain_superposed
 from labkit.trainers.sweep import run_all
 from labkit.trainers.world_bases import load_world_base
 
-__all__ = ["DistillSettings", "Example", "GRPOSettings", "History", "Keep", "Lesson", "Superposition", "TrainSettings",
-           "Trajectory", "accuracy", "distill", "extrapolate_rank1", "grpo", "held_out_loss", "imitate",
-           "load_world_base", "pretrain", "pretrain_superposed", "roll_out", "run_all", "sft", "train",
+__all__ = ["DistillSettings", "Example", "GRPOSettings", "History", "Keep", "LateHistory", "Lesson", "Superposition",
+           "TrainSettings", "Trajectory", "accuracy", "distill", "extrapolate_rank1", "grpo", "held_out_loss", "imitate",
+           "load_world_base", "pretrain", "pretrain_superposed", "roll_out", "run_all", "sft", "train", "train_late",
            "written"]
