@@ -1,0 +1,117 @@
+"""Exercises of 06_roundpipe (Luo, Gao, Zheng, Lu, Shu, arXiv 2604.27085)."""
+
+import numpy as np
+
+from labkit.course.check import Check, close, number
+from labkit.pipeline import ORDERINGS
+
+
+def _idle(answer) -> str | None:
+    for N in (4, 3, 8):
+        got = number(answer(N))
+        if close(got, N * (N - 1), within=1e-6):
+            continue
+        if close(got, N * (N - 1) / 2, within=1e-6):
+            return "That is the waiting at the beginning alone. What happens at the end?"
+        if close(got, N - 1, within=1e-6):
+            return "That is the time of one worker. All N of them wait."
+        return f"At N={N} you say {got:g}. Worker w starts at time w; when does it stop, and when does the last one?"
+    return None
+
+
+def _stall(answer) -> str | None:
+    for N, M_R, t in ((4, 2, 1.5), (8, 5, 2.0), (4, 4, 1.0), (4, 9, 3.0)):
+        got, expected = number(answer(N, M_R, t)), max(0, N - M_R) * t
+        if close(got, expected, within=1e-6):
+            continue
+        if M_R > N and got < 0:
+            return f"With N={N} and M_R={M_R} you get {got:g}. Nobody waits for less than no time."
+        if close(got, max(0, N - M_R), within=1e-6):
+            return "You count slots. Each lasts t."
+        return f"At N={N}, M_R={M_R}, t={t:g} you say {got:g}. The data come after N t; until when is the worker busy?"
+    return None
+
+
+def _t_max(answer) -> str | None:
+    if close(answer, 6, within=1e-9):
+        return None
+    if number(answer) < 6:
+        return "No slot can be shorter than the head's, since a layer cannot be cut: 2 + 4 in the fused slot."
+    if close(answer, 504, within=1e-9):
+        return "That is the cost. Which t_max has it?"
+    if close(answer, 9, within=1e-9):
+        return "At 9: head and one layer fused, 2 forward and 4 backward slots, S = 7, cost (8*7 + 12) * 9 = 612."
+    return "For a t_max, fill the fused slot from the last layer, pack the rest, count S, then (8 S + 12) t_max."
+
+
+def _efficiency(answer) -> str | None:
+    if close(answer, 1819.61 / 480.30 / 8, within=0.003):
+        return None
+    if close(answer, 1819.61 / 480.30, within=0.02):
+        return "That is the speed-up. What share is it of eight?"
+    if close(answer, 100 * 1819.61 / 480.30 / 8, within=0.3):
+        return "That is in percent; give a share between 0 and 1."
+    return "Divide the tokens a second of eight cards by those of one, and by eight."
+
+
+def _gone(answer) -> str | None:
+    if not isinstance(answer, str) or answer not in ORDERINGS:
+        return f"Give one of the names {', '.join(ORDERINGS)}."
+    if answer == "uploaded":
+        return None
+    if answer == "between":
+        return "The P-copy still lies between two steps. Who may be reading the master weights meanwhile?"
+    if answer == "renewed":
+        return "That one holds back the upload until the P-copy is done. Here the P-copy itself no longer waits."
+    return "That one concerns gradients. The P-copy carries weights."
+
+
+def _border(answer) -> str | None:
+    for beta in (0.0, 0.5, 0.9, 0.95):
+        got = number(answer(beta))
+        if close(got, 1.0, within=1e-6):
+            continue
+        if close(got, (2 + 2 * beta) / (1 - beta), within=1e-6):
+            return "That is the border without delay. With it, which coefficient of z holds eta * lambda?"
+        if close(got, 1 - beta, within=1e-6):
+            return "That is the border of (1 - beta) * eta * lambda. Divide."
+        return (f"At beta={beta:g} you say {got:g}. Near the border the two roots are complex: "
+                "the square of their size is the constant term.")
+    return None
+
+
+CHECKS = {
+    "06.1": Check(
+        "Write idle_slots(N): the time that all N workers together wait, every slot taking 1.",
+        6, "Worker w starts at w. The last slots end one after the other, too.", _idle,
+        right=[lambda N: N * (N - 1), lambda N: np.float64(N**2 - N)],
+        wrong=[(lambda N: N * (N - 1) / 2, "beginning alone"), (lambda N: N - 1, "one worker"),
+               (lambda N: N * N, "Worker w starts"), (12, "not callable")]),
+    "06.2": Check(
+        "Write stall(N, M_R, t): how long a worker waits between slot i and slot i + N.",
+        6, "It is busy for M_R t from its start; the data have come N t after its start.", _stall,
+        right=[lambda N, M_R, t: max(0, N - M_R) * t, lambda N, M_R, t: max(0.0, N * t - M_R * t)],
+        wrong=[(lambda N, M_R, t: (N - M_R) * t, "less than no time"), (lambda N, M_R, t: max(0, N - M_R), "lasts t"),
+               (lambda N, M_R, t: 0, "The data come")]),
+    "06.3": Check(
+        "The t_max of least cost (M S + N (N - 1)) t_max for 12 layers and a head of 6.",
+        8, "Try 6 first, then the next sums that a slot can have: 7, 8, 9, 12.", _t_max,
+        right=[6, np.float32(6.0)],
+        wrong=[(4, "cannot be cut"), (9, "612"), (504, "That is the cost"), (12, "count S")]),
+    "06.4": Check(
+        "The scaling efficiency of Qwen3-235B on eight cards, as a share.",
+        3, "Speed-up divided by the number of cards.", _efficiency,
+        right=[0.4736, np.float64(1819.61 / 480.30 / 8)],
+        wrong=[(3.79, "speed-up"), (47.4, "percent"), (0.92, "eight cards")]),
+    "06.5": Check(
+        "Which ordering is gone if the P-copy runs as soon as the optimizer has stepped?",
+        4, "What might a worker still be doing with the old weights?", _gone,
+        right=["uploaded"],
+        wrong=[("between", "two steps"), ("renewed", "holds back"), ("collected", "gradients"), (1, "names")]),
+    "06.6": Check(
+        "Write late_border(beta): the largest stable eta * lambda with one update of delay.",
+        10, "The roots of z^2 - b z + c with b^2 < 4 c have the size sqrt(c).", _border,
+        right=[lambda beta: 1.0, lambda beta: (1 - beta) / (1 - beta)],
+        wrong=[(lambda beta: (2 + 2 * beta) / (1 - beta), "without delay"), (lambda beta: 1 - beta, "Divide"),
+               (lambda beta: 0.5, "constant term")]),
+}
