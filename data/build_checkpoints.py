@@ -6,8 +6,9 @@
 
 Two families, with seed 0: decoders of English, trained on the training split of the State of the Union addresses
 (recipes in labkit/trainers/bases.py), and decoders of the small worlds, trained on problems of their training side
-(labkit/trainers/world_bases.py and sum_bases.py). Each is rounded to bfloat16 (half the size; what is measured is the
-rounded model) and written with its sha256 into manifest.json. An interrupted training goes on where it stopped.
+(labkit/trainers/world_bases.py, sum_bases.py, hint_bases.py). Each is rounded to bfloat16 (half the size; what is
+measured is the rounded model) and written with its sha256 into manifest.json. An interrupted training goes on where it
+stopped.
 """
 
 import sys

@@ -16,6 +16,7 @@ _FILES = {  # file of this room -> its public names
                    "repetition_share", "truncation_share"],
     "coherence": ["coherence_by", "gradient_coherence", "head_coherence", "norm_split", "permuted_teacher",
                   "position_gradients", "sketched_gradients"],
+    "commands": ["command_kind", "command_match", "mark_commands"],
     "continuation": ["continuation_advantage", "continue_prefixes"],
     "diagnosis": ["diagnose_distillation"],
     "scaling_laws": ["bootstrap_law_two", "fit_law_one", "fit_law_two", "parabola_vertex"],

@@ -9,18 +9,22 @@ superposition  pre-training on bags of tokens (notebook 02)
 stack          many small models trained as one; architecture_warmup: the arms of notebook 05 on it
 late_weights   train_late: weights that lack the last updates, as an asynchronous pipeline reads them (notebook 06)
 sft            supervised fine-tuning on prompts and answers
+chat_tuning    fine-tuning on whole conversations; trace_models: the shipped base and student of notebook 14
 imitate        supervised training on solutions that small worlds write
 rollout        answers that a policy draws, and what the verifier says; accuracy
 grpo           reinforcement learning with verifiable rewards
+dpo            preference pairs: one model, or many at once; self_play: proposer and rounds (notebook 15)
+self_play_pool the pairs of self-play and their filters; self_play_text: Hint-delta on a real instruct model
 distill        on-policy distillation; distill_settings, distill_losses: its settings and the loss of a rollout
 extrapolate    a later checkpoint from early ones, without training (notebook 07)
 bases          the shipped decoders of English; world_bases: those of the small worlds
-recipes        how those are made, as data; sum_bases: the recipes of labs 09 to 12
+recipes        how those are made, as data; sum_bases: the recipes of labs 09 to 12; hint_bases: of lab 15
 sweep          many independent runs on the cores there are
 """
 
 from labkit.trainers.distill import distill
 from labkit.trainers.distill_settings import DistillSettings
+from labkit.trainers.dpo import DPOSettings, Pairs, dpo
 from labkit.trainers.extrapolate import Trajectory, extrapolate_rank1
 from labkit.trainers.grpo import GRPOSettings, grpo
 from labkit.trainers.imitate import Lesson, imitate
@@ -34,7 +38,7 @@ from labkit.trainers.superposition import Superposition, pretrain_superposed
 from labkit.trainers.sweep import run_all
 from labkit.trainers.world_bases import load_world_base
 
-__all__ = ["DistillSettings", "Example", "GRPOSettings", "History", "Keep", "LateHistory", "Lesson", "Superposition",
-           "TrainSettings", "Trajectory", "accuracy", "distill", "extrapolate_rank1", "grpo", "held_out_loss", "imitate",
-           "load_world_base", "pretrain", "pretrain_superposed", "roll_out", "run_all", "sft", "train", "train_late",
-           "written"]
+__all__ = ["DPOSettings", "DistillSettings", "Example", "GRPOSettings", "History", "Keep", "LateHistory", "Lesson",
+           "Pairs", "Superposition", "TrainSettings", "Trajectory", "accuracy", "distill", "dpo", "extrapolate_rank1",
+           "grpo", "held_out_loss", "imitate", "load_world_base", "pretrain", "pretrain_superposed", "roll_out",
+           "run_all", "sft", "train", "train_late", "written"]

@@ -2,8 +2,8 @@
 
 They are what reinforcement learning and distillation begin with: able to solve a world's problems in several ways, and
 right in some part of their answers; those of the labs on on-policy distillation, teachers too, stand in
-labkit.trainers.sum_bases. `python data/build_checkpoints.py` makes them anew; the manifest has the accuracy
-of each on the test side.
+labkit.trainers.sum_bases, that of the lab on self-play in labkit.trainers.hint_bases.
+`python data/build_checkpoints.py` makes them anew; the manifest has the accuracy of each on the test side.
 """
 
 from collections.abc import Callable
@@ -18,6 +18,7 @@ from labkit.files import DATA
 from labkit.models import GPT
 from labkit.tasks import Countdown, DigitList, ListRepair, RunningSum, StrategyAddition, World, WrittenAddition
 from labkit.trainers.checkpoint import load_model
+from labkit.trainers.hint_bases import HINT_RECIPES
 from labkit.trainers.imitate import Lesson
 from labkit.trainers.recipes import WorldRecipe, settings
 from labkit.trainers.sum_bases import SUM_RECIPES
@@ -99,7 +100,7 @@ def countdown() -> WorldRecipe:
 RECIPES: dict[str, Callable[[], WorldRecipe]] = {
     "addition": addition, "noisy-addition": noisy_addition, "filler-addition": filler_addition,
     "written-carries": written_carries, "sort-parity": sort_parity, "list-repair": list_repair,
-    "running-sum": running_sum, "countdown": countdown, **SUM_RECIPES}
+    "running-sum": running_sum, "countdown": countdown, **SUM_RECIPES, **HINT_RECIPES}
 WORLD_BASES = tuple(RECIPES)
 
 
