@@ -20,7 +20,8 @@ def store() -> Path:
     return Path(os.environ.get("LABKIT_PREDICTIONS") or REPOSITORY / ".labkit" / "predictions.json")
 
 
-def _all() -> dict:
+def kept() -> dict[str, dict[str, dict]]:
+    """Everything this learner committed to: notebook → key → {question, answer, time, options, measured}."""
     try:
         return json.loads(store().read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -30,17 +31,26 @@ def _all() -> dict:
                        f"Delete or mend {store()}.") from None
 
 
-def commit(notebook: str, key: str, question: str, answer: str) -> None:
-    """Keep an answer with its question and time."""
-    kept = _all()
+def commit(notebook: str, key: str, question: str, answer: str, options: int | None = None) -> None:
+    """Keep an answer with its question, its time and the number of options it was chosen from."""
+    everything = kept()
     now = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-    kept.setdefault(notebook, {})[key] = {"question": question, "answer": answer, "time": now}
-    write_json(store(), kept)
+    said = {"question": question, "answer": answer, "time": now} | ({"options": options} if options else {})
+    everything.setdefault(notebook, {})[key] = said
+    write_json(store(), everything)
+
+
+def _keep_measured(notebook: str, key: str, truth: str) -> None:
+    """Put the measurement beside the answer, so that all predictions can be looked back on together."""
+    everything = kept()
+    if everything[notebook][key].get("measured") != truth:
+        everything[notebook][key]["measured"] = truth
+        write_json(store(), everything)
 
 
 def answer(notebook: str, key: str) -> str | None:
     """The answer kept under this key, or None."""
-    return _all().get(notebook, {}).get(key, {}).get("answer")
+    return kept().get(notebook, {}).get(key, {}).get("answer")
 
 
 def ask(notebook: str, key: str, question: str, options: list[str], default: str, *, interactive: bool) -> None:
@@ -65,8 +75,8 @@ def _widget(notebook: str, key: str, question: str, options: list[str]) -> None:
     import ipywidgets
     from IPython.display import display as show
 
-    kept = answer(notebook, key)
-    choices = ipywidgets.RadioButtons(options=options, value=kept if kept in options else None,
+    before = answer(notebook, key)
+    choices = ipywidgets.RadioButtons(options=options, value=before if before in options else None,
                                       layout=ipywidgets.Layout(width="max-content", max_width="100%"))
     button = ipywidgets.Button(description="Commit", tooltip="Keep this prediction and run on")
     said = ipywidgets.HTML()
@@ -81,12 +91,12 @@ def _widget(notebook: str, key: str, question: str, options: list[str]) -> None:
         elif choices.value is None:
             said.value = '<p role="status">Choose one of the options first.</p>'
         else:
-            commit(notebook, key, question, choices.value)
+            commit(notebook, key, question, choices.value, len(options))
             close(choices.value)
 
     button.on_click(press)
-    if kept in options:
-        close(kept)
+    if before in options:
+        close(before)
     heading = ipywidgets.HTML(f"<p><b>Predict before you run on.</b> {html.escape(question)}</p>")
     show(ipywidgets.VBox([heading, choices, button, said]))
 
@@ -94,6 +104,8 @@ def _widget(notebook: str, key: str, question: str, options: list[str]) -> None:
 def reveal(notebook: str, key: str, truth: str, explain: str) -> None:
     """Say in words how prediction and measurement compare."""
     said = answer(notebook, key)
+    if said is not None:
+        _keep_measured(notebook, key, truth)
     if said is None:
         text = f"You made no prediction here. Measured: {truth}."
     elif said == truth:
