@@ -1,4 +1,4 @@
-"""The `labkit` command: doctor, list, run, claims, bench.
+"""The `labkit` command: doctor, list, run, claims, bench, handout.
 
 A mistake of the user's ends with one sentence on stderr and exit status 1; a table also comes as --json.
 """
@@ -177,6 +177,22 @@ def bench(ops: Annotated[list[str] | None, typer.Argument(help="Kernels, like rm
         print_table(*bench_table.table_of(report))
         print(*bench_table.remarks(report, out), sep="\n")
     raise typer.Exit(1 if failures(report) else 0)
+
+
+@app.command()
+def handout(notebooks: Annotated[list[str] | None, typer.Argument(help="Labs, like 02; default: all.")] = None,
+            out: Annotated[Path, typer.Option(help="Folder for the files.")] = Path("handout"),
+            as_json: Json = False) -> None:
+    """Make a learner's copy, an instructor's copy and slides of each lab, from its committed notebook."""
+    from labkit.course.handout import make_handouts
+
+    labs = make_handouts(notebooks or [], out)
+    if as_json:
+        return print_json(labs)
+    rows = [[lab["notebook"], lab["title"], str(lab["predictions"]), str(lab["exercises"]),
+             str(lab["solutions_removed"])] for lab in labs]
+    print_table(f"Handouts in {out}", ["", "title", "predictions", "exercises", "solutions removed"], rows)
+    print("Each lab has a .learner.ipynb, an .instructor.ipynb (not to be handed out) and a .slides.html.")
 
 
 def _print_ceilings(device, as_json: bool) -> None:

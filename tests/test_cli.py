@@ -36,7 +36,7 @@ def labkit(monkeypatch, capsys, tmp_path):
     return call
 
 
-@pytest.mark.parametrize("command", [[], ["doctor"], ["list"], ["run"], ["claims"], ["bench"]])
+@pytest.mark.parametrize("command", [[], ["doctor"], ["list"], ["run"], ["claims"], ["bench"], ["handout"]])
 def test_help_says_what_each_command_does(labkit, command):
     """Status 0, the name of the command, and its first sentence."""
     status, out, _ = labkit(*command, "--help")
