@@ -27,6 +27,7 @@ lab.show(fig, "A rising line.")
 lab.keep("line", [0, 1])
 with progress.bar(3, "steps") as bar:
     bar.update(3)"""
+KEPT = {"line": [0, 1], "answers": {"who": {"answer": "C", "sentence": ""}}}  # what LAB and ASK leave for figures
 ASK = """lab.predict("who", "Who wins?", ["A & B", "C"], default="C")
 lab.reveal("who", "C")
 lab.check("02.5", ...)
@@ -67,7 +68,7 @@ def test_a_good_run_in_a_kernel_keeps_results_and_saves_the_notebook(place):
     assert [file.name for file in outcome.files] == ["98.json", "98.figures.json"]
     result = json.loads((place / "results/quick/98.json").read_text())
     assert set(result) == results.FIELDS and result["seconds"] == round(outcome.seconds, 1) > 0
-    assert json.loads((place / "results/quick/98.figures.json").read_text()) == {"line": [0, 1]}
+    assert json.loads((place / "results/quick/98.figures.json").read_text()) == KEPT
     saved = nbformat.read(path, as_version=4)
     assert [cell.execution_count for cell in saved.cells[1:]] == [1, 2, 3, 4]
     assert saved.metadata.language_info == {"name": "python"} and "widgets" not in saved.metadata
@@ -86,7 +87,7 @@ def test_the_same_notebook_in_plain_python(place, capsys):
     """Same files from the same cells, and not a word about predictions and exercises."""
     lab_with(place, LAB, SHOW, ASK, PLAY)
     run.run_notebook("98", "desk", in_process=True)
-    assert json.loads((place / "results/desk/98.figures.json").read_text()) == {"line": [0, 1]}
+    assert json.loads((place / "results/desk/98.figures.json").read_text()) == KEPT
     assert json.loads((place / "results/desk/98.json").read_text())["scale"] == "desk"
     assert "Who wins" not in (said := capsys.readouterr().out) and "02.5" not in said
 

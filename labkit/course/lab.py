@@ -89,7 +89,9 @@ class Lab:
         return predict.answer(self.notebook, key) if self.interactive else None
 
     def reveal(self, key: str, truth: object, explain: str = "") -> None:
-        """Put the learner's prediction beside what was measured; silent if there is nobody."""
+        """Put the learner's prediction beside what was measured; silent if there is nobody. The answer is kept with the
+        run's results, for the instructor's copy."""
+        self._kept.setdefault("answers", {})[key] = {"answer": str(truth), "sentence": explain}
         if self.interactive:
             predict.reveal(self.notebook, key, str(truth), explain)
 
