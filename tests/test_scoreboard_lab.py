@@ -1,6 +1,7 @@
 """Lab 16's tools: views of the ledger lose nothing, the browser shows what it says, calibration is honest."""
 
 import math
+import statistics
 
 import pytest
 
@@ -15,9 +16,13 @@ from labkit.course.ledger_views import (
     fullest,
     load_surprises,
     matching,
+    pairing,
     paper_range,
+    widened,
 )
 from labkit.errors import LabError
+from labkit.measure import interval
+from labkit.measure.intervals import student_quantile
 
 
 @pytest.fixture(scope="module")
@@ -102,6 +107,8 @@ def test_beside_the_paper_means_divided_by_its_number(claims):
     same = beside_paper({**signed, "paper_value": "0.5"}, one_sided)
     assert same.estimate == pytest.approx(0.02 / 0.5), "the baseline is the paper's number: ours lies beside it"
     assert beside_paper({**signed, "paper_value": "0"}, one_sided) is None
+    assert beside_paper({**measured, "paper": "One-GPU Lab, a prediction of our own"}, around) is None, "no source"
+    assert beside_paper({**measured, "paper_value": "60 in our plan's pilot"}, around) is None, "no source either"
 
 
 def test_distance_and_verdict_agree_on_the_whole_ledger(rows, claims):
@@ -116,6 +123,40 @@ def test_distance_and_verdict_agree_on_the_whole_ledger(rows, claims):
         if said == "not reproduced":
             assert x < -1, each["id"]
     assert tested > 200
+
+
+def test_a_widened_interval_keeps_its_middle_and_its_scale(rows, claims):
+    """Factor 1 gives back every verdict; a ratio is widened on the log scale; wider never decides what was open."""
+    judged = [each for each in fullest(rows) if each["kind"] == "measured" and each["verdict"] in DECIDED]
+    for each in judged:
+        claim = claims[each["id"]]
+        assert widened(each, claim, 1.0) == each["verdict"], each["id"]
+        wide = widened(each, claim, 3.0)
+        assert wide in (each["verdict"], "inconclusive", "partly"), each["id"]
+    ratio = next(claim for claim in claims.values() if claim.compare == "ours / baseline"
+                 and claim.reproduced[0] == 0 and claim.reproduced[1] == 1 and not claim.partly)
+    near = row(estimate=0.5, low=0.25, high=1.0 - 1e-9)
+    assert widened(near, ratio, 0.5) == "reproduced" and widened(near, ratio, 1.5) == "inconclusive"
+    assert widened(row(estimate=0.5, low=0.3, high=0.8), ratio, 1.4) == "reproduced", "log: up to 0.97, not 0.9"
+    assert widened(row(estimate=0.5, low=0.3, high=0.8), ratio, 1.5) == "inconclusive", "log: up to 1.02, not 0.925"
+
+
+def test_pairing_compares_the_two_widths_of_one_row(rows, claims):
+    """Against `interval`; independent of the seeds' order; None for one arm, for arms that do not vary, for ratios."""
+    claim = claims["tst.loss"]
+    ours, baseline = {0: 1.0, 1: 2.0, 2: 4.0}, {2: 3.5, 0: 1.0, 1: 1.5}
+    rho, gain = pairing(row(ours=ours, baseline=baseline), claim)
+    a, b = [1.0, 2.0, 4.0], [1.0, 1.5, 3.5]
+    assert rho == pytest.approx(statistics.correlation(a, b))
+    unpaired = student_quantile(0.975, 4) * math.sqrt((statistics.variance(a) + statistics.variance(b)) / 3)
+    _, low, high = interval(ours, baseline)
+    assert gain == pytest.approx(unpaired / ((high - low) / 2))
+    assert pairing(row(ours=ours, baseline={0: 1.0, 1: 1.0, 2: 1.0}), claim) is None
+    assert pairing(row(ours=ours, baseline={seed: x + 1 for seed, x in ours.items()}), claim) is None
+    assert pairing(row(ours=ours, baseline=baseline, verdict="live"), claim) is None
+    assert pairing(row(), claims["cot.rho"]) is None
+    found = [each for one in fullest(rows) if (each := pairing(one, claims[one["id"]]))]
+    assert len(found) > 200 and all(-1 <= rho <= 1.000001 and gain > 0 for rho, gain in found)
 
 
 def test_every_surprise_is_a_row_that_came_out_against_its_statement(rows, claims):
@@ -137,7 +178,9 @@ def test_the_numbers_in_the_labs_findings_are_those_of_its_desk_run(rows):
     text = "\n".join(text_of(cell) for cell in notebook["cells"] if cell["cell_type"] == "markdown")
     told = ("coverage", "coverage_skewed", "coverage_collapse", "shared_mean", "shared")
     for each in [each for name in told for each in matching(rows, scale="desk") if each["id"] == f"board.{name}"]:
-        assert "{estimate:.3f} [{low:.3f}, {high:.3f}]".format_map(each) in text, each["id"]
+        digits = 4 if "coverage" in each["id"] else 3
+        told_as = [f"{each[key]:.{digits}f}" for key in ("estimate", "low", "high")]
+        assert "{} [{}, {}]".format(*told_as) in text, each["id"]
 
 
 # the browser ------------------------------------------------------------------------------------------------------

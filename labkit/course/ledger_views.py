@@ -4,6 +4,7 @@ Two scales make rows of different labs comparable.
     beside the paper:  estimate / paper's number, where both are numbers of one kind (`beside_paper`);
     beside the rule:   x = (estimate - nearest border of `reproduced`) / half the interval's width, positive inside
                        (`distance`). x > 1 is a verdict inside, x < -1 one outside, between them lies inconclusive.
+`widened` asks the rule about a wider interval, `pairing` compares the arms of a row over their seeds.
 All take the rows of labkit.course.ledger.claims_table and change none.
 """
 
@@ -16,9 +17,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from labkit.course.claims import VERDICTS, Claim
+import numpy as np
+
+from labkit.course.claims import VERDICTS, Claim, decide
 from labkit.errors import LabError
-from labkit.measure.intervals import interval
+from labkit.measure.intervals import interval, student_quantile
 
 DECIDED = ("reproduced", "partly", "not reproduced", "inconclusive")  # a rule could be applied
 OWN = "our own predictions"
@@ -120,8 +123,10 @@ def beside_paper(row: Mapping, claim: Claim) -> Beside | None:
 
     They are if the recorded `baseline` is the paper's number to within 0.5%, and then `ours` lies beside it; or if the
     rule's region has two ends around the paper's number, and then the estimate does. At a border of its region the
-    number is a bound, and not compared.
+    number is a bound, and not compared. Our own predictions and our pilots' numbers are no source.
     """
+    if source_of(row) == OWN or "our plan" in row["paper_value"]:
+        return None
     printed = paper_range(row["paper_value"])
     if row["estimate"] is None or printed is None or not sum(printed):
         return None
@@ -168,8 +173,40 @@ def distance(row: Mapping, claim: Claim) -> float | None:
     return min(estimate - left, right - estimate) / half if half > 0 else None
 
 
+def widened(row: Mapping, claim: Claim, factor: float) -> str:
+    """The verdict of the row's interval made `factor` times as wide about its middle (for ratios on the log scale)."""
+    if claim.compare == "ours / baseline":
+        low, high = _stretched(_log(row["low"]), _log(row["high"]), factor)
+        return decide(claim, math.exp(low), math.exp(high))
+    return decide(claim, *_stretched(row["low"], row["high"], factor))
+
+
+def _stretched(low: float, high: float, factor: float) -> tuple[float, float]:
+    more = (factor - 1) * (high - low) / 2
+    return low - more, high + more
+
+
 def _log(value: float) -> float:
     return math.log(value) if value > 0 else -math.inf
+
+
+# two arms of a seed ----------------------------------------------------------------------------------------------
+
+def pairing(row: Mapping, claim: Claim) -> tuple[float, float] | None:
+    """(correlation of the arms over their seeds, width of the unpaired interval / of the paired one), or None.
+
+    For judged rows of "ours - baseline" whose arms and difference vary. The unpaired interval pools the two variances:
+    t with 2N - 2 degrees of freedom.
+    """
+    if row["kind"] != "measured" or row["verdict"] not in DECIDED or claim.compare != "ours - baseline":
+        return None
+    pairs_N2 = np.array([(row["ours"][seed], row["baseline"][seed]) for seed in row["ours"]])
+    difference_N, N = pairs_N2[:, 0] - pairs_N2[:, 1], len(pairs_N2)
+    if not (pairs_N2.std(0).all() and difference_N.std()):
+        return None
+    unpaired = student_quantile(0.975, 2 * N - 2) * math.sqrt(pairs_N2.var(0, ddof=1).sum())
+    paired = student_quantile(0.975, N - 1) * difference_N.std(ddof=1)
+    return float(np.corrcoef(pairs_N2.T)[0, 1]), float(unpaired / paired)
 
 
 # surprises -------------------------------------------------------------------------------------------------------
