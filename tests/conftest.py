@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 
 for name in [name for name in os.environ if name.startswith("LABKIT_")]:
     del os.environ[name]  # a scale or results folder that someone exported must not change what the tests check
@@ -10,6 +11,10 @@ os.environ["OMP_NUM_THREADS"] = "1"  # read when torch is first imported
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+
+# A shell starts background jobs with the interrupt ignored, and children inherit that: tests of Ctrl-C would fail.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 torch.set_num_threads(1)
 
