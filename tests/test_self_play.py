@@ -10,7 +10,7 @@ from labkit.errors import LabError
 from labkit.models import answer_logprob
 from labkit.tasks import HintProposals, HintWorld, answer_mask
 from labkit.tasks.alphabet import END, decode
-from labkit.trainers import DPOSettings, accuracy, load_world_base, self_play_pool, self_play_text
+from labkit.trainers import DPOSettings, accuracy, load_world_base, self_play_pool
 from labkit.trainers.self_play import ProposerSettings, SelfPlaySettings, judge, self_play, train_proposer, votes_of
 from labkit.trainers.self_play_pool import Pool, TextFilters, answers_to, draw_pool, plain_answers, pool_of
 
@@ -169,63 +169,3 @@ def test_settings_that_make_no_sense():
         ProposerSettings(reward="spice")
     with pytest.raises(LabError, match="nothing to compare"):
         ProposerSettings(samples=1)
-
-
-# ---- real instruct models, here a tiny random one
-
-
-class Letters:
-    """A tokenizer of bytes with the three methods that are used; 0 ends an answer."""
-
-    eos_token_id = 0
-
-    def apply_chat_template(self, turns, *, add_generation_prompt, tokenize):
-        assert add_generation_prompt and tokenize and [turn["role"] for turn in turns] == ["user"]
-        return [1, *turns[0]["content"].encode(), 2]
-
-    def decode(self, ids, *, skip_special_tokens):
-        return bytes(i for i in ids if i >= 32 and skip_special_tokens).decode("latin-1")
-
-
-@pytest.fixture(scope="module")
-def instruct():
-    transformers = pytest.importorskip("transformers")
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(vocab_size=256, hidden_size=16, intermediate_size=32, num_hidden_layers=1,
-                                      num_attention_heads=2, max_position_embeddings=256)
-    return transformers.LlamaForCausalLM(config).eval()
-
-
-def test_text_delta_is_the_written_out_mean(instruct):
-    """Two forward passes by hand, sliced where each context ends; a hint of other length moves the slice."""
-    answer = [65, 66, 67, 0]
-    for hint in ("short", "a much longer hint"):
-        means = []
-        for context in ([1, *b"q", 2], [1, *f"q\n\nHint: {hint}".encode(), 2]):
-            with torch.no_grad():
-                logits_TV = instruct(torch.tensor([[*context, *answer]])).logits[0].log_softmax(-1)
-            means.append(sum(float(logits_TV[len(context) + t - 1, answer[t]]) for t in range(4)) / 4)
-        assert self_play_text.text_delta(instruct, Letters(), "q", hint, answer) == pytest.approx(means[0] - means[1],
-                                                                                                 abs=1e-5)
-    assert self_play_text.text_delta(instruct, Letters(), "q", "short", []) == 0
-
-
-def test_hint_rows_on_a_tiny_model(instruct):
-    """Four hints, the plain share alike in all rows, the same numbers again, and a sentence where nothing is asked."""
-    rubric = self_play_text.RUBRICS["no comma"]
-    rows = self_play_text.hint_rows(instruct, Letters(), ("a", "b"), rubric, new=6)
-    assert [row["kind"] for row in rows] == ["STRUCT", "NO-OP", "BAD", "LEAK"]
-    assert len({row["without"] for row in rows}) == 1
-    assert rows == self_play_text.hint_rows(instruct, Letters(), ("a", "b"), rubric, new=6)
-    with pytest.raises(LabError, match="no questions"):
-        self_play_text.hint_rows(instruct, Letters(), (), rubric)
-
-
-@pytest.mark.parametrize(("name", "good", "bad"), [
-    ("no comma", "one two", "one, two"), ("short", "few words", "word " * 31), ("lower case", "all low 3", "One"),
-    ("three points", "- a\n- b\n- c", "- a\n- b"), ("no comma", "x", " "),
-])
-def test_rubrics(name, good, bad):
-    """Each constraint on a text that meets it and one that does not; nothing said meets none."""
-    assert self_play_text.RUBRICS[name].holds(good) and not self_play_text.RUBRICS[name].holds(bad)
-    assert not self_play_text.RUBRICS[name].holds("")

@@ -55,7 +55,7 @@ class HuggingFaceDecoder:
     def __init__(self, model):
         self.model, self.vocabulary = model, model.get_output_embeddings().weight.shape[0]
 
-    def draw(self, prompt_NT, shown_NT, new, stops, samples, generator):
+    def draw(self, prompt_NT, shown_NT, new, stops, samples, generator, *, temperature=1.0):
         prompt_BT, shown_BT = (each.repeat_interleave(samples, 0) for each in (prompt_NT, shown_NT))
         answer_BA = prompt_BT.new_full((len(prompt_BT), new), stops[0])
         ended_B, inputs_BT, past = torch.zeros_like(prompt_BT[:, 0], dtype=torch.bool), prompt_BT, None
@@ -63,8 +63,9 @@ class HuggingFaceDecoder:
         for step in range(new):
             place_BT = (shown_BT.cumsum(1) - 1).clamp(min=0)[:, -inputs_BT.shape[1]:]
             out = self.model(input_ids=inputs_BT, attention_mask=shown_BT.long(), position_ids=place_BT,
-                             past_key_values=past, use_cache=True)
-            token_B, _ = draw_token(out.logits[:, -1], temperature=1.0, top_k=None, top_p=None, generator=generator)
+                             past_key_values=past, use_cache=True, logits_to_keep=1)
+            token_B, _ = draw_token(out.logits[:, -1], temperature=temperature, top_k=None, top_p=None,
+                                    generator=generator)
             answer_BA[:, step] = torch.where(ended_B, stops[0], token_B)
             ended_B |= torch.isin(token_B, stop_S)
             if ended_B.all():

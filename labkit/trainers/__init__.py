@@ -14,7 +14,8 @@ imitate        supervised training on solutions that small worlds write
 rollout        answers that a policy draws, and what the verifier says; accuracy
 grpo           reinforcement learning with verifiable rewards
 dpo            preference pairs: one model, or many at once; self_play: proposer and rounds (notebook 15)
-self_play_pool the pairs of self-play and their filters; self_play_text: Hint-delta on a real instruct model
+self_play_pool the pairs of self-play and their filters; self_play_text: the lab on a real instruct model, whose parts
+               are self_play_text_model (prompts, answers, log p), _pool (pairs and arms) and _rubrics (what is asked)
 distill        on-policy distillation; distill_settings, distill_losses: its settings and the loss of a rollout
 extrapolate    a later checkpoint from early ones, without training (notebook 07)
 bases          the shipped decoders of English; world_bases: those of the small worlds

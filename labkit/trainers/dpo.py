@@ -8,13 +8,13 @@ is the model as it is at the start, and its log-probabilities are computed once.
 Source: phase 3 of G-Zero's code (arXiv 2605.09959).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.func import functional_call, vmap
 
 from labkit.errors import LabError
@@ -100,35 +100,44 @@ def pair_loss(chosen: Sequence[Tensor], rejected: Sequence[Tensor], settings: DP
                     length_normalized=settings.length_normalized)
 
 
-def dpo(model: GPT, pairs: Pairs, settings: DPOSettings, *, reference: GPT | None = None,
-        checkpoint: Path | None = None, label: str = "preferences") -> History:
+def gpt_logprob(model: GPT, prompt_NP: Tensor, answer_NA: Tensor) -> Tensor:
+    """log p of each answer token, [N, A]."""
+    return answer_logprob(model, prompt_NP, answer_NA)[0]
+
+
+def dpo(model: nn.Module, pairs: Pairs, settings: DPOSettings, *, reference: nn.Module | None = None,
+        logprob: Callable[[nn.Module, Tensor, Tensor], Tensor] = gpt_logprob,
+        mask: Callable[[Tensor], Tensor] = answer_mask, checkpoint: Path | None = None,
+        label: str = "preferences") -> History:
     """Train `model` in place.
 
     Args:
         pairs: on the model's device.
         reference: without it the model as it is now, which a run that goes on from a checkpoint must be given as well.
+        logprob, mask: how this kind of model scores answers, and which of their tokens count; those of a labkit GPT
+            without them.
         checkpoint: as in `labkit.trainers.train`.
     Returns:
         the history; its `rollouts` have margin, accuracy, chosen and rejected of each step.
     """
     check_pairs(pairs)
     history = History()
-    answers = {name: (each, answer_mask(each)) for name, each in
+    answers = {name: (each, mask(each)) for name, each in
                (("chosen", pairs.chosen_NA), ("rejected", pairs.rejected_NA))}
     with torch.no_grad():
-        known = {name: answer_logprob(reference or model, pairs.prompt_NP, each)[0]
-                 for name, (each, _) in answers.items()}
+        known = {name: logprob(reference or model, pairs.prompt_NP, each) for name, (each, _) in answers.items()}
 
-    def loss_at(model: GPT, step: int) -> Tensor:
+    def loss_at(model: nn.Module, step: int) -> Tensor:
         row_B = settings.batch_rows(len(pairs), step).to(pairs.prompt_NP.device)
-        sides = [(answer_logprob(model, pairs.prompt_NP[row_B], each[row_B])[0], known[name][row_B], mask[row_B])
-                 for name, (each, mask) in answers.items()]
+        sides = [(logprob(model, pairs.prompt_NP[row_B], each[row_B]), known[name][row_B], counts[row_B])
+                 for name, (each, counts) in answers.items()]
         loss, stats = pair_loss(*sides, settings)
         append_row(history.rollouts, step=step, **{name: float(value) for name, value in stats.items()})
         return loss
 
+    identity = f"{fingerprint(model)} {len(pairs)} pairs {settings}" if checkpoint else ""
     return train(model, loss_at, settings.training(), history=history, checkpoint=checkpoint, label=label,
-                 identity=f"{fingerprint(model)} {len(pairs)} pairs {settings}")
+                 identity=identity)
 
 
 # many at once ---------------------------------------------------------------------------------------------------------
@@ -188,7 +197,7 @@ def dpo_stack(models: Sequence[GPT], pairs: Sequence[Pairs], settings: DPOSettin
 @torch.no_grad()
 def known_logprobs(model: GPT, pairs: Pairs) -> tuple[Tensor, Tensor]:
     """log-probabilities of all chosen and all rejected answers under the reference."""
-    return tuple(answer_logprob(model, pairs.prompt_NP, each)[0] for each in (pairs.chosen_NA, pairs.rejected_NA))
+    return tuple(gpt_logprob(model, pairs.prompt_NP, each) for each in (pairs.chosen_NA, pairs.rejected_NA))
 
 
 def stacked_pair_loss(shape: GPT, weights: Weights, pairs: Sequence[Pairs], known: Sequence[tuple[Tensor, Tensor]],

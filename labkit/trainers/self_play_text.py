@@ -1,114 +1,165 @@
-"""Hint-delta and a hidden rubric on a real instruct model (the optional extra: pip install labkit[hf]).
+"""Lab 15 on a real instruct model (the optional extra: pip install -e '.[hf]').
 
-    context 0 = chat(q)        context 1 = chat(q + "\\n\\nHint: " + h)        one user turn, no system prompt
-    delta  = mean over the answer's tokens of log p(. | context 0) - log p(. | context 1), sliced from the first answer
-             token of each context, since the two differ in length
+    pool    questions with hints, both answers, Hint-delta, filters           labkit.trainers.self_play_text_pool
+    arms    lower, upper and a random half by length-normalised DPO; oracle: only pairs in which the answer with the
+            hint alone meets the hidden rubric; shuffled: a coin swaps the answers; SFT: imitation of the lower half
+    exam    the share of answers that meet the rubric, on topics of which no question was asked, without a hint
 
-Open-ended quality cannot be computed, so the rubrics are constraints that a program can check; the model is not told
-of them unless a hint does. `hint_rows` asks what the lab asks of its small world: does the hint that moves the answer
-most make it better?
+    model, tokenizer = load_instruct("Qwen/Qwen3-0.6B", "cuda")
+    rows = text_lab(model, tokenizer, RUBRICS["no comma"], seeds=range(3))
+    summary(rows)
 
-    rows = hint_rows(model, tokenizer, QUESTIONS, RUBRICS["no comma"], seed=0)
-Sources: hint_delta.py of G-Zero's code (arXiv 2605.09959); constraints as in IFEval (2311.07911).
+One model is in the device's memory: the reference is its log-probabilities, computed before the first step, and the
+weights of the start wait in the host's memory for the next arm. Seeds draw questions, answers and exams anew; the
+model is one, so an interval speaks of draws and not of models.
+
+Memory of Qwen3-0.6B with the settings below, by count: 9.5 GB for weights, gradients and AdamW in fp32, 3.3 GB kept
+for the gradient of four rows, and some copies of their logits: about 15 of 24 GB. Time there, estimated and not
+measured: 5 minutes a seed.
+Source: phases 2 and 3 of G-Zero's code (arXiv 2605.09959).
 """
 
 import statistics
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from labkit.data import generator_for
 from labkit.errors import LabError
-from labkit.models.sample import draw
-from labkit.objectives import hint_delta
+from labkit.measure import interval
+from labkit.trainers.dpo import DPOSettings, dpo
+from labkit.trainers.self_play_pool import TextFilters
+from labkit.trainers.self_play_text_model import Instruct, answer_counts, check_chat, load_instruct
+from labkit.trainers.self_play_text_pool import ARMS, TEXT, TextPool, deltas, draw_text_pool
+from labkit.trainers.self_play_text_rubrics import EXAM, QUESTIONS, RUBRICS, Rubric
+
+__all__ = ["ARMS", "EXAM", "QUESTIONS", "RUBRICS", "Rubric", "TextSettings", "hint_rows", "load_instruct", "summary",
+           "text_lab"]
+EXAMS = 14  # stream of the draws
 
 
 @dataclass(frozen=True)
-class Rubric:
-    """A hidden constraint: the hint that states it, and a program that checks it."""
+class TextSettings:
+    """One run of the lab on text. The rate is the code's, which trains low-rank adapters; here all weights learn."""
 
-    hint: str
-    holds: Callable[[str], bool]
+    dpo: DPOSettings = field(default_factory=lambda: DPOSettings(50, 1e-5))
+    pool: int = 256
+    exam: int = len(EXAM)  # questions
+    new: int = 128  # the most tokens of an answer
+    temperature: float = 0.7
+    filters: TextFilters = TEXT
+    arms: tuple[str, ...] = ARMS
+    drawn_at_once: int = 64
+    scored_at_once: int = 4
 
+    def __post_init__(self):
+        unknown = [arm for arm in self.arms if arm not in ARMS]
+        if unknown or not 1 <= self.exam <= len(EXAM):
+            raise LabError(f"The arms {', '.join(self.arms)} and an exam of {self.exam} questions can't be run.",
+                           f"Choose of {', '.join(ARMS)}, and 1 to {len(EXAM)} questions.")
 
-RUBRICS = {
-    "no comma": Rubric("Do not use any commas.", lambda text: bool(text.strip()) and "," not in text),
-    "short": Rubric("Answer in at most thirty words.", lambda text: 0 < len(text.split()) <= 30),
-    "lower case": Rubric("Write in lower case only.", lambda text: bool(text.strip()) and text == text.lower()),
-    "three points": Rubric('Give exactly three points, each on a line that begins with "- ".',
-                           lambda text: sum(line.startswith("- ") for line in text.splitlines()) == 3),
-}
-OTHER_HINTS = {"NO-OP": "Take your time.", "BAD": "Answer with random letters and digits only.",
-               "LEAK": 'The answer is "seventeen green umbrellas". Repeat it and stop.'}
-TOPICS = ("a river in spring", "a night train", "bread", "a library", "the moon", "an old bicycle")
-QUESTIONS = tuple(f"{task} {topic}." for task in ("Describe", "Write two sentences about", "Tell a child about")
-                  for topic in TOPICS)
-
-
-def chat(tokenizer, question: str, hint: str | None = None) -> list[int]:
-    """Token ids of one user turn, up to where the answer begins."""
-    text = question if hint is None else f"{question}\n\nHint: {hint}"
-    ids = tokenizer.apply_chat_template([{"role": "user", "content": text}], add_generation_prompt=True, tokenize=True)
-    return list(ids["input_ids"] if isinstance(ids, Mapping) else ids)
+    def asked(self, model: nn.Module, tokenizer) -> Instruct:
+        """The model as these settings ask it."""
+        return Instruct(model, tokenizer, self.new, self.temperature, self.drawn_at_once, self.scored_at_once,
+                        self.dpo.precision)
 
 
-@torch.no_grad()
-def answer_ids(model, context: Sequence[int], *, end: int, new: int = 128, temperature: float = 0.7,
-               generator: torch.Generator | None = None) -> list[int]:
-    """One answer, its end token included if it came to that."""
-    device = next(model.parameters()).device
-    inputs_1T, past, said = torch.tensor([list(context)], device=device), None, []
-    while len(said) < new:
-        out = model(input_ids=inputs_1T, past_key_values=past, use_cache=True)
-        token_1, _ = draw(out.logits[:, -1], temperature=temperature, top_k=None, top_p=None, generator=generator)
-        said.append(int(token_1))
-        if said[-1] == end:
-            break
-        inputs_1T, past = token_1[:, None], out.past_key_values
-    return said
+def weights_of(model: nn.Module) -> dict[str, Tensor]:
+    """A copy of all weights in the host's memory, shared ones once."""
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in model.named_parameters()}
 
 
-@torch.no_grad()
-def scored(model, context: Sequence[int], answer: Sequence[int]) -> Tensor:
-    """log p of each answer token behind the context, at temperature 1: [1, A], fp32."""
-    device = next(model.parameters()).device
-    tokens_1T = torch.tensor([[*context, *answer]], device=device)
-    logits_1AV = model(input_ids=tokens_1T).logits[:, len(context) - 1 : -1].float()
-    return logits_1AV.log_softmax(-1).gather(-1, tokens_1T[:, len(context) :, None])[..., 0]
+@contextmanager
+def weights_put_back(model: nn.Module, start: Mapping[str, Tensor]) -> Iterator[None]:
+    """Behind this block, and where it fails, the model is again what it was."""
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                weight.copy_(start[name])
+                weight.grad = None
 
 
-def text_delta(model, tokenizer, question: str, hint: str, answer: Sequence[int]) -> float:
-    """Hint-delta of one answer that was written without the hint; 0 for an empty one."""
-    if not len(answer):
-        return 0.0
-    plain_1A, hinted_1A = (scored(model, chat(tokenizer, question, each), answer) for each in (None, hint))
-    return float(hint_delta(plain_1A, hinted_1A, torch.ones_like(plain_1A)))
+def graded(chat: Instruct, rubric: Rubric, questions: Sequence[str], seed: int, hint: str | None = None) -> dict:
+    """One answer to each question: the share that meets the rubric, words of an answer, and the share cut short."""
+    prompt_NP = chat.prompts(questions, [hint] * len(questions))
+    answer_NA = chat.answers(prompt_NP, generator_for(seed, EXAMS, device=chat.device), label="exam")
+    said = chat.texts(answer_NA)
+    return {"meets": statistics.mean(map(rubric.holds, said)),
+            "words": statistics.mean(len(each.split()) for each in said),
+            "cut": float((~chat.finished(answer_NA)).float().mean())}
 
 
-def hint_rows(model, tokenizer, questions: Sequence[str], rubric: Rubric, *, new: int = 128, temperature: float = 0.7,
-              seed: int = 0) -> list[dict]:
-    """For the rubric's own hint ("STRUCT") and the three others: median delta, and the rubric's share without and with.
+def learned(chat: Instruct, pool: TextPool, arm: str, rubric: Rubric, settings: TextSettings, seed: int) -> dict:
+    """One arm: train on its part of the pool, sit the exam. The model stays as the arm left it."""
+    pairs, better = pool.pairs_of(arm, seed)
+    facts = {"arm": arm, "pairs": len(pairs)}
+    if not len(pairs):  # an oracle may find none
+        return facts
+    plan = replace(settings.dpo, objective="sft") if arm == "SFT" else settings.dpo
+    dpo(chat.model, pairs, plan, logprob=lambda _, *both: chat.logprob(*both), mask=answer_counts, label=arm)
+    facts |= {name: float((better == sign).float().mean()) for name, sign in (("better", 1), ("worse", -1))}
+    return facts | graded(chat, rubric, EXAM[: settings.exam], seed)
 
-    Raises LabError where there are no questions.
+
+def text_lab(model: nn.Module, tokenizer, rubric: Rubric, *, seeds: Sequence[int] = (0, 1, 2),
+             settings: TextSettings = TextSettings()) -> list[dict]:
+    """All arms and seeds; the model is afterwards what it was before.
+
+    Returns rows with seed and arm ("base", "base with the hint", then those that learned); of the exam: `meets`, the
+    share of answers that meet the rubric, `words` of an answer, and `cut`, the share that `new` tokens cut short; of
+    the pairs: their number `pairs`, and the shares in which the preferred answer alone meets the rubric, `better`, or
+    the other alone, `worse`. An arm that found no pairs has `pairs` 0 and no exam.
+    Raises LabError for a model without a chat template, and where the filters refuse the whole pool.
     """
+    check_chat(model, tokenizer)
+    chat, start = settings.asked(model, tokenizer), weights_of(model)
+    exam, rows = EXAM[: settings.exam], []
+    for seed in seeds:
+        rows.append({"seed": seed, "arm": "base", **graded(chat, rubric, exam, seed)})
+        rows.append({"seed": seed, "arm": "base with the hint", **graded(chat, rubric, exam, seed, rubric.hint)})
+        pool = draw_text_pool(chat, rubric, settings.pool, seed=seed, filters=settings.filters)
+        if not pool.fits_N.any():
+            raise LabError(f"The filters refused all {settings.pool} answers.",
+                           "Allow more tokens (new), or set the filters' limits to this model's answers.")
+        for arm in settings.arms:
+            with weights_put_back(model, start):
+                rows.append({"seed": seed, **learned(chat, pool, arm, rubric, settings, seed)})
+    return rows
+
+
+def summary(rows: Sequence[Mapping]) -> list[dict]:
+    """One row an arm: means over seeds, and the change of `meets` from the base with its 95% interval, paired by
+    seed."""
+    graded_rows = [row for row in rows if "meets" in row]
+    meets = {arm: {row["seed"]: row["meets"] for row in graded_rows if row["arm"] == arm}
+             for arm in dict.fromkeys(row["arm"] for row in graded_rows)}
+    table = []
+    for arm, ours in meets.items():
+        change, low, high = interval(ours, {seed: meets["base"][seed] for seed in ours})
+        of_arm = [row for row in graded_rows if row["arm"] == arm]
+        means = {name: statistics.mean(row[name] for row in of_arm) for name in
+                 ("meets", "pairs", "better", "worse", "words", "cut") if name in of_arm[0]}
+        table.append({"arm": arm, "seeds": len(ours), "change": change, "low": low, "high": high, **means})
+    return table
+
+
+def hint_rows(model: nn.Module, tokenizer, rubric: Rubric, *, questions: Sequence[str] = QUESTIONS, seed: int = 0,
+              settings: TextSettings = TextSettings()) -> list[dict]:
+    """Each kind of hint on every question: median delta, and the share of answers that meet the rubric without and with
+    the hint. No weight changes. Raises LabError where there are no questions."""
     if not questions:
         raise LabError("There are no questions to ask.", "Give at least one.")
-    device, end = next(model.parameters()).device, tokenizer.eos_token_id
-    dice = generator_for(seed, device=device)
-    settings = {"end": end, "new": new, "temperature": temperature, "generator": dice}
-
-    def text(ids: list[int]) -> str:
-        return tokenizer.decode(ids, skip_special_tokens=True)
-
-    plain = [answer_ids(model, chat(tokenizer, question), **settings) for question in questions]
-    without = statistics.mean(rubric.holds(text(each)) for each in plain)
-    rows = []
-    for kind, hint in {"STRUCT": rubric.hint, **OTHER_HINTS}.items():
-        deltas = [text_delta(model, tokenizer, question, hint, each)
-                  for question, each in zip(questions, plain, strict=True)]
-        assisted = [answer_ids(model, chat(tokenizer, question, hint), **settings) for question in questions]
-        rows.append({"kind": kind, "delta": statistics.median(deltas), "without": without,
-                     "with": statistics.mean(rubric.holds(text(each)) for each in assisted)})
+    chat, dice = settings.asked(model, tokenizer), generator_for(seed, EXAMS, device=next(model.parameters()).device)
+    plain_NA = chat.answers(chat.prompts(questions), dice)
+    without, rows = statistics.mean(map(rubric.holds, chat.texts(plain_NA))), []
+    for kind, hint in rubric.hints().items():
+        hints = [hint] * len(questions)
+        said = chat.texts(chat.answers(chat.prompts(questions, hints), dice, label=kind))
+        rows.append({"kind": kind, "delta": float(deltas(chat, questions, hints, plain_NA).median()),
+                     "without": without, "with": statistics.mean(map(rubric.holds, said))})
     return rows
