@@ -30,8 +30,8 @@ with progress.bar(3, "steps") as bar:
 KEPT = {"line": [0, 1], "answers": {"who": {"answer": "C", "sentence": ""}}}  # what LAB and ASK leave for figures
 ASK = """lab.predict("who", "Who wins?", ["A & B", "C"], default="C")
 lab.reveal("who", "C")
-lab.check("02.5", ...)
-lab.solution("02.5", 0.8)
+lab.check("02.2", ...)
+lab.solution("02.2", 0.8)
 lab.table([{"a": 1}])"""
 PLAY = """def draw(slope):
     fig, ax = figures.figure(width=3)
@@ -77,7 +77,7 @@ def test_a_good_run_in_a_kernel_keeps_results_and_saves_the_notebook(place):
     assert [(picture.metadata["image/png"]["alt"], picture.data["text/plain"]) for picture in pictures] == \
         [("A rising line.", "A rising line."), ("Slope 2.", "Slope 2.")]
     words = " ".join(str(output.get("text") or output.data.get("text/html", "")) for output in outputs)
-    for expected in ("A &amp; B", "02.5: not answered yet", "this solution passes", "move slope: 0 to 4"):
+    for expected in ("A &amp; B", "02.2: not answered yet", "this solution passes", "move slope: 0 to 4"):
         assert expected in words
     assert "You said" not in words and not any(output.get("name") == "stderr" for output in outputs)
     assert not (place / "predictions.json").exists()
@@ -89,7 +89,7 @@ def test_the_same_notebook_in_plain_python(place, capsys):
     run.run_notebook("98", "desk", in_process=True)
     assert json.loads((place / "results/desk/98.figures.json").read_text()) == KEPT
     assert json.loads((place / "results/desk/98.json").read_text())["scale"] == "desk"
-    assert "Who wins" not in (said := capsys.readouterr().out) and "02.5" not in said
+    assert "Who wins" not in (said := capsys.readouterr().out) and "02.2" not in said
 
 
 def test_plain_python_needs_no_jupyter(place):

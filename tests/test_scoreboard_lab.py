@@ -236,6 +236,9 @@ def test_claims_to_ask_come_from_different_labs_and_hardly_move_when_one_is_adde
     asked = calibration.claims_to_ask(chosen)
     assert len(asked) == 8 == len({each["notebook"] for each in asked})
     assert all(each["kind"] == "measured" and each["verdict"] in DECIDED for each in asked)
+    leaning, silent = row("zz.it", statement="It is lower.", notebook="97"), row("zz.no", paper_value="none")
+    unsuited = [leaning, silent]
+    assert calibration.claims_to_ask([*unsuited, row("zz.new", notebook="99")]) == [row("zz.new", notebook="99")]
     more = [*chosen, row("zz.new", notebook="98"), row("zz.newer", notebook="98")]
     assert len({each["id"] for each in calibration.claims_to_ask(more)} & {each["id"] for each in asked}) >= 7
 

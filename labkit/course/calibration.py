@@ -13,6 +13,7 @@ from typing import NamedTuple
 from labkit.course.ledger_views import DECIDED, OWN, source_of
 
 CHANCES = {"5%": 0.05, "25%": 0.25, "50%": 0.50, "75%": 0.75, "95%": 0.95}
+LEANING = ("It ", "So ", "The same ")  # how a statement begins that leans on the one before it
 ASKED = "claim "  # a stated chance is kept under the key "claim <id>"
 
 Pair = tuple[float, bool]  # (stated chance, whether it happened)
@@ -29,8 +30,12 @@ class Bin(NamedTuple):
 
 
 def claims_to_ask(rows: Sequence[Mapping], count: int = 8) -> list[Mapping]:
-    """`count` measured rows of papers with a verdict, from as many labs as there are; the draw is a hash of the id."""
-    suited = [row for row in rows if row["kind"] == "measured" and row["verdict"] in DECIDED and source_of(row) != OWN]
+    """`count` measured rows of papers with a verdict, from as many labs as there are; the draw is a hash of the id.
+
+    A row whose statement leans on the one before it, or whose source says nothing, can't be judged by itself.
+    """
+    suited = [row for row in rows if row["kind"] == "measured" and row["verdict"] in DECIDED and source_of(row) != OWN
+              and not row["statement"].startswith(LEANING) and row["paper_value"] != "none"]
     shuffled = sorted(suited, key=lambda row: hashlib.sha256(row["id"].encode()).hexdigest())
     turn = {row["id"]: sum(other["notebook"] == row["notebook"] for other in shuffled[:place])
             for place, row in enumerate(shuffled)}

@@ -10,18 +10,22 @@ import inspect
 import textwrap
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from labkit.course import display
 from labkit.errors import LabError
 
-if TYPE_CHECKING:
-    import numpy as np
+# easy: one step from a formula or a table of the notebook. medium: two steps, or one trap. hard: a derivation, a
+# program or an idea of one's own. A notebook's exercises stand in this order.
+LEVELS = ("easy", "medium", "hard")
+
+
+class Unreadable(TypeError):
+    """An answer of another kind than the exercise asks for. The message is the sentence for the learner."""
 
 
 @dataclass(frozen=True)
 class Check:
-    """One exercise. `test(answer)` returns None if the answer is right, else a sentence that helps.
+    """One exercise of a level out of LEVELS. `test(answer)` is None if the answer is right, else a sentence that helps.
 
     `remark(answer)`, said after "right", is a score such as the bytes that a kernel moves. `interpreted` marks checks
     that launch kernels and need Triton's interpreter. `right` and `wrong` (pairs of an answer and a part of the
@@ -30,6 +34,7 @@ class Check:
 
     question: str
     minutes: int
+    level: str
     hint: str
     test: Callable[[object], str | None]
     right: list = field(default_factory=list)
@@ -53,8 +58,10 @@ def verdict(check: Check, answer: object) -> str | None:
     """None for a right answer, else a sentence; an answer that raises is a wrong answer."""
     try:
         return check.test(answer)
+    except Unreadable as error:
+        return str(error)
     except Exception as error:
-        return f"Your answer raised {type(error).__name__}: {error}"
+        return " ".join([f"Your answer raised {type(error).__name__}: {error}.", *getattr(error, "__notes__", [])])
 
 
 def respond(name: str, answer: object) -> None:
@@ -63,7 +70,8 @@ def respond(name: str, answer: object) -> None:
     if not display.kernel():
         return
     if unanswered(answer):
-        print(f"Exercise {name}: not answered yet (about {check.minutes} min; lab.hint(\"{name}\") helps).")
+        effort = f"{check.level}, about {check.minutes} min"
+        print(f"Exercise {name}: not answered yet ({effort}; lab.hint(\"{name}\") helps).")
         return
     problem = verdict(check, answer)
     if problem is not None:
@@ -97,29 +105,3 @@ def unanswered(answer: object) -> bool:
 def show_hint(name: str) -> None:
     """Print the hint of an exercise."""
     print(f"Hint for {name}: {find(name).hint}")
-
-
-# what checks are made of -------------------------------------------------------------------------------------------
-
-def number(answer: object) -> float:
-    """An answer as a float: a Python or numpy number, or a tensor or array with one element."""
-    if callable(answer):
-        raise TypeError("a number is asked for, not a function")
-    item = answer.item() if hasattr(answer, "item") else answer
-    if isinstance(item, bool | str) or item is None:
-        raise TypeError(f"a number is asked for, not {item!r}")
-    return float(item)
-
-
-def array(answer: object) -> "np.ndarray":
-    """An answer as a float64 array: a list, an array, or a tensor of any float type on any device."""
-    import numpy as np
-
-    if hasattr(answer, "detach"):
-        answer = answer.detach().cpu().double().numpy()
-    return np.asarray(answer, dtype=float)
-
-
-def close(answer: object, expected: float, *, within: float) -> bool:
-    """Whether a number is within `within` (absolute) of the expected one."""
-    return abs(number(answer) - expected) <= within

@@ -137,8 +137,9 @@ def prediction_note(notebook: dict, number: str, prediction: read.Prediction) ->
 
 
 def exercise_note(key: str, check: Check, wrong: list[tuple[str, str]]) -> str:
-    """Minutes, hint, and the wrong answers that the check knows."""
-    lines = [f"**Instructor: exercise {key}**, about {check.minutes} minutes. Hint: {escaped(check.hint)}"]
+    """Level, minutes, hint, and the wrong answers that the check knows."""
+    effort = f"{check.level}, about {check.minutes} minutes"
+    lines = [f"**Instructor: exercise {key}**, {effort}. Hint: {escaped(check.hint)}"]
     if wrong:
         lines.append("Wrong answers that the check knows, and what it says to them:")
         lines.append("\n".join(f"- `{code}`: {escaped(said)}" for code, said in wrong))

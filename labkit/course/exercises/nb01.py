@@ -7,8 +7,9 @@ A kernel is launched here on small tensors with odd sizes, in Triton's interpret
 import torch
 
 from labkit.course import kernel_answers as answers
-from labkit.course.check import Check, close, number
+from labkit.course.check import Check, Unreadable
 from labkit.course.kernel_check import Puzzle, bytes_remark, grade
+from labkit.course.reading import called, close, number
 from labkit.kernels.language import triton
 
 N, V, BLOCK = 5, 300, 128
@@ -45,7 +46,7 @@ def _entropy(kernel) -> Puzzle:
 
 def _floor(answer) -> str | None:
     for n, v, e, bandwidth in ((8192, 151_936, 2, 4.3e12), (4096, 32_000, 4, 1.8e12)):
-        got, right = number(answer(n, v, e, bandwidth)), 3 * n * v * e / bandwidth * 1e3
+        got, right = number(called(answer, n, v, e, bandwidth)), 3 * n * v * e / bandwidth * 1e3
         if close(got, right, within=0.01 * right):
             continue
         for factor, sentence in ((1e-3, "That is in seconds; the answer is asked for in milliseconds."),
@@ -59,8 +60,8 @@ def _floor(answer) -> str | None:
 
 def _registers(answer) -> str | None:
     for warps, right in ((4, 255), (8, 255), (16, 128), (32, 64)):
-        got = number(answer(warps))
-        if got == right:
+        got = number(called(answer, warps))
+        if close(got, right):
             continue
         if got == 256:
             return "255, not 256: eight bits name 256 registers, and one name stands for zero."
@@ -72,67 +73,75 @@ def _registers(answer) -> str | None:
 
 def _speedup(answer) -> str | None:
     for k, v, rate, bandwidth in ((64, 151_936, 790e12, 4.3e12), (256, 32_000, 200e12, 1.8e12)):
-        got, dense, gather = number(answer(k, v, rate, bandwidth)), v / rate, k / bandwidth
+        got, dense, gather = number(called(answer, k, v, rate, bandwidth)), v / rate, k / bandwidth
         right = 3 * dense / (dense + 3 * gather)
         if close(got, right, within=0.01 * right):
             continue
         if close(got, dense / gather, within=0.01 * dense / gather):
             return "That is the ratio when the set is known. Here a dense forward pass has to find it first."
+        if close(got, dense / (dense + gather), rel=0.01):
+            return "The dense head makes three passes of 2 N H V, the new one one; and the sparse head reads 3 N K H e."
         if close(got, 1 / right, within=0.01 / right):
             return "Upside down: how many times faster is dense time over the new time."
         return f"At K={k}, V={v} you say {got:.4g}. Add 2 N H V / rate and 6 N K H / bandwidth; N and H cancel."
     return None
 
 
-def _puzzle(question: str, minutes: int, hint: str, puzzle, right: list, wrong: list) -> Check:
+def _puzzle(question: str, minutes: int, level: str, hint: str, puzzle, right: list, wrong: list) -> Check:
     """An exercise whose answer is a kernel; `puzzle(kernel)` sets it up."""
     def test(kernel) -> str | None:
         if not hasattr(kernel, "fn"):
-            raise TypeError("a kernel is asked for: a function under @triton.jit")
+            raise Unreadable("A kernel is asked for: a function under @triton.jit.")
         return grade(puzzle(kernel))
 
-    return Check(question, minutes, hint, test, right, wrong, lambda kernel: bytes_remark(puzzle(kernel)), True)
+    return Check(question, minutes, level, hint, test, right, wrong, lambda kernel: bytes_remark(puzzle(kernel)), True)
 
 
 CHECKS = {
     "01.1": Check(
         "Write floor_ms(N, V, e, bandwidth): the time of the three passes of a loss and its gradient, in milliseconds.",
-        3, "The forward reads the logits. The backward reads them again and writes as many numbers.", _floor,
-        right=[lambda n, v, e, bandwidth: 3e3 * n * v * e / bandwidth],
+        3, "easy", "The forward reads the logits. The backward reads them again and writes as many numbers.", _floor,
+        right=[lambda n, v, e, bandwidth: 3e3 * n * v * e / bandwidth,
+               lambda N, V, e, bandwidth: sum(N * V * e / bandwidth for _ in ("read", "read", "write")) / 1e-3],
         wrong=[(lambda n, v, e, bandwidth: 3 * n * v * e / bandwidth, "milliseconds"),
                (lambda n, v, e, bandwidth: 1e3 * n * v * e / bandwidth, "one pass"),
                (lambda n, v, e, bandwidth: 2e3 * n * v * e / bandwidth, "must be written"),
                (lambda n, v, e, bandwidth: 5e3 * n * v * e / bandwidth, "Count the passes")]),
-    "01.2": _puzzle(
-        "Scale each row: y[n, v] = s[n] x[n, v].", 6,
+    "01.2": Check(
+        "Write registers(warps): the most registers a thread can have in a program of that many warps.",
+        4, "easy",
+        "An SM has 65,536 registers, and an instruction has eight bits to name one (one name is taken).", _registers,
+        right=[lambda warps: min(255, 65_536 // (32 * warps)),
+               lambda warps: 255.0 if warps < 16 else 2048 / warps],
+        wrong=[(lambda warps: 65_536 // (32 * warps), "at most"), (lambda warps: 255, "65,536 registers"),
+               (lambda warps: min(256, 65_536 // (32 * warps)), "not 256")]),
+    "01.3": _puzzle(
+        "Scale each row: y[n, v] = s[n] x[n, v].", 6, "medium",
         "tl.program_id(0) is the row, tl.program_id(1) the block in it; which v are past the end of the row?", _scale,
         right=[answers.scale_right, answers.scale_by_the_first_program],
         wrong=[(answers.scale_without_mask, "outside its tensors"), (answers.scale_first_block, "never written"),
                (answers.scale_into_the_next_row, "run in order"), (answers.scale_addresses, "tl.load what stands")]),
-    "01.3": _puzzle(
-        "hit[n] = 1 where the target's logit is the largest of its row, else 0, reading the logits once.", 8,
+    "01.4": _puzzle(
+        "hit[n] = 1 where the target's logit is the largest of its row, else 0, reading the logits once.", 8, "medium",
         "Load the target's own logit first; then only the row's maximum is needed.", _hits,
         right=[answers.hits_right, answers.hits_by_counting],
         wrong=[(answers.hits_read_twice, "store twice"), (answers.hits_other_zero, "your kernel gives")]),
-    "01.4": _puzzle(
-        "The entropy of each row's softmax, reading the logits once.", 15,
+    "01.5": Check(
+        "Write speedup(K, V, rate, bandwidth) of the sparse head when a dense pass must find the set first.",
+        8, "medium",
+        "Dense: 6 N H V FLOPs at `rate`. Now: 2 N H V FLOPs, and 3 N K H e bytes at `bandwidth`, e = 2.", _speedup,
+        right=[lambda k, v, rate, bandwidth: 6 * v / rate / (2 * v / rate + 6 * k / bandwidth),
+               lambda k, v, rate, bandwidth: 3 / (1 + 3 * k * rate / (v * bandwidth))],
+        wrong=[(lambda k, v, rate, bandwidth: v * bandwidth / (k * rate), "when the set is known"),
+               (lambda k, v, rate, bandwidth: (v + 3 * k * rate / bandwidth) / (3 * v), "Upside down"),
+               (lambda k, v, rate, bandwidth: v / rate / (v / rate + k / bandwidth), "three passes"),
+               (lambda k, v, rate, bandwidth: 3.0, "cancel")]),
+    "01.6": _puzzle(
+        "The entropy of each row's softmax, reading the logits once.", 15, "hard",
         "When m moves to m', each term of w gets the factor e^(m-m') and (m-m') more of its own e. Two traps: a masked "
         "lane gives 0 * -inf, and in the first block m is -inf.", _entropy,
         right=[answers.entropy_right, answers.entropy_from_a_low_start],
         wrong=[(answers.entropy_without_guards, "first block"),
                (answers.entropy_from_large_products, "digits are lost"),
                (answers.entropy_forgets_the_shift, "your kernel gives"), (answers.entropy_two_reads, "store twice")]),
-    "01.5": Check(
-        "Write registers(warps): the most registers a thread can have in a program of that many warps.",
-        4, "An SM has 65,536 registers, and an instruction has eight bits to name one (one name is taken).", _registers,
-        right=[lambda warps: min(255, 65_536 // (32 * warps))],
-        wrong=[(lambda warps: 65_536 // (32 * warps), "at most"), (lambda warps: 255, "65,536 registers"),
-               (lambda warps: min(256, 65_536 // (32 * warps)), "not 256")]),
-    "01.6": Check(
-        "Write speedup(K, V, rate, bandwidth) of the sparse head when a dense pass must find the set first.",
-        8, "Dense: 6 N H V FLOPs at `rate`. Now: 2 N H V FLOPs, and 3 N K H e bytes at `bandwidth`, e = 2.", _speedup,
-        right=[lambda k, v, rate, bandwidth: 6 * v / rate / (2 * v / rate + 6 * k / bandwidth)],
-        wrong=[(lambda k, v, rate, bandwidth: v * bandwidth / (k * rate), "when the set is known"),
-               (lambda k, v, rate, bandwidth: (v + 3 * k * rate / bandwidth) / (3 * v), "Upside down"),
-               (lambda k, v, rate, bandwidth: 3.0, "cancel")]),
 }

@@ -1,11 +1,12 @@
 """Exercises of 04_compute_optimal_tokenization (Limisiewicz and others, arXiv 2605.01188)."""
 
-import math
 from fractions import Fraction
 
 import numpy as np
+import torch
 
-from labkit.course.check import Check, array, close, number
+from labkit.course.check import Check
+from labkit.course.reading import alike, array, called, close, number
 
 
 def _beta(answer) -> str | None:
@@ -18,19 +19,19 @@ def _beta(answer) -> str | None:
 
 def _tokens(answer) -> str | None:
     for T, rho in ((4.57, 60.0), (1.0, 60.0), (3.0, 91.0)):
-        got = number(answer(T, rho))
-        if math.isclose(got, rho / T, rel_tol=1e-6):
+        got = number(called(answer, T, rho))
+        if close(got, rho / T, rel=1e-6):
             continue
-        if math.isclose(got, rho * T, rel_tol=1e-6):
+        if close(got, rho * T, rel=1e-6):
             return "A token holds T bytes, so the same text has fewer tokens than bytes: divide."
-        if math.isclose(got, 20.0, rel_tol=1e-6):
+        if close(got, 20.0, rel=1e-6):
             return "20 whatever T is: that is the rule of thumb in tokens which the paper questions."
         return f"At T={T}, rho={rho} your function gives {got:.4g}. Bytes per parameter = T times tokens per parameter."
     return None
 
 
 def _far(answer) -> str | None:
-    if close(answer, 18.2 / 1e25**0.035, within=0.02):
+    if close(answer, 18.2 / 1e25**0.035, within=0.03):
         return None
     if close(answer, 18.2 / 2e21**0.035, within=0.03):
         return "That is T* at 2e21, the largest budget of the paper."
@@ -38,12 +39,12 @@ def _far(answer) -> str | None:
         return "T* falls as compute grows: divide T0 by C^delta."
     if close(answer, 18.2 / 25**0.035, within=0.05):
         return "C is 1e25, not 25."
-    return "T* = T0 / C^delta = 18.2 / (1e25)^0.035."
+    return "Put the budget, in FLOPs, into law II with the two constants: T* = T0 / C^delta."
 
 
 def _context(answer) -> str | None:
     for t, T, reach in ((0, 4, 2), (8, 4, 1), (9, 8, 3), (15, 8, 1), (22, 12, 2), (7, 1, 1), (11, 4, 9)):
-        got, own = number(answer(t, T, reach)), t % T
+        got, own = number(called(answer, t, T, reach)), t % T
         if got == t - own + min(own, reach):
             continue
         where = f"At t={t}, T={T}, reach={reach} your function gives {got:g}."
@@ -61,16 +62,16 @@ def _context(answer) -> str | None:
 
 def _double(answer) -> str | None:
     for T, bpb in ((3.0, 1.0), (4.5, 0.96)):
-        got = array([number(each) for each in answer(T, bpb)])
+        got = array(called(answer, T, bpb))
         if got.shape != (2,):
             return "Return two numbers: the best T and the bits per byte of the doubled text."
-        if np.allclose(got, (2 * T, bpb / 2)):
+        if alike(got, (2 * T, bpb / 2)):
             continue
-        if np.allclose(got, (T, bpb)):
+        if alike(got, (T, bpb)):
             return "Half of the bytes are new and carry nothing. What does a patch of T bytes hold now?"
-        if math.isclose(got[0], 2 * T) and math.isclose(got[1], bpb):
+        if close(got[0], 2 * T, rel=1e-9) and close(got[1], bpb, rel=1e-9):
             return "T is right. The same bits are now spread over twice the bytes."
-        if np.allclose(got, (T / 2, 2 * bpb)) or math.isclose(got[0], T / 2):
+        if alike(got, (T / 2, 2 * bpb)) or close(got[0], T / 2, rel=1e-9):
             return "A patch should hold the same words as before. Does it need more bytes for that, or fewer?"
         return f"For T={T}, {bpb} bits per byte you return {got.tolist()}. Keep the content of a patch as it was."
     return None
@@ -79,32 +80,37 @@ def _double(answer) -> str | None:
 CHECKS = {
     "04.1": Check(
         "At which beta would the best tokens per parameter not depend on T?",
-        3, "Tokens per parameter are rho*/T.", _beta,
-        right=[1, 1.0, Fraction(1)],
+        3, "easy", "Tokens per parameter are rho*/T.", _beta,
+        right=[1, 1.0, Fraction(1), torch.tensor([1.0]), 2 / 2],
         wrong=[(0.5, "bytes"), (0, "When is that 0"), (2, "When is that 0")]),
     "04.2": Check(
         "Write tokens_per_parameter(T, rho): tokens a parameter, when rho bytes a parameter are best.",
-        3, "A text of B bytes has B / T tokens.", _tokens,
-        right=[lambda T, rho: rho / T, lambda T, rho: np.float64(rho) / T],
+        3, "easy", "A text of B bytes has B / T tokens.", _tokens,
+        right=[lambda T, rho: rho / T, lambda T, rho: np.float64(rho) / T,
+               lambda T, rho: torch.tensor(rho).half() / T, lambda T, rho: rho * T**-1],
         wrong=[(lambda T, rho: rho * T, "divide"), (lambda T, rho: 20, "rule of thumb"),
                (lambda T, rho: 7, "gives 7")]),
     "04.3": Check(
         "The best T at 1e25 FLOPs by the printed constants T0 = 18.2, delta = 0.035.",
-        3, "1e25 ** 0.035 is about 7.5.", _far,
-        right=[18.2 / 1e25**0.035, 2.43, np.float32(2.427)],
+        3, "easy", "1e25 ** 0.035 is about 7.5.", _far,
+        right=[18.2 / 1e25**0.035, 2.43, 2.4, np.float32(2.427), torch.tensor(2.427, dtype=torch.float16)],
         wrong=[(18.2 * 1e25**0.035, "divide"), (3.28, "2e21"), (18.2 / 25**0.035, "not 25"), (1.0, "T0 / C^delta")]),
     "04.4": Check(
         "Write context(t, T, reach): how many bytes the prediction of byte t can learn from, with one local layer.",
-        6, "t // T patches lie before the patch of byte t; t % T bytes lie before t inside it.", _context,
+        6, "medium", "t // T patches lie before the patch of byte t; t % T bytes lie before t inside it.", _context,
         right=[lambda t, T, reach: t // T * T + min(t % T, reach),
-               lambda t, T, reach: float(t - max(t % T - reach, 0))],
+               lambda t, T, reach: float(t - max(t % T - reach, 0)),
+               lambda t, T, reach: len([b for b in range(t) if b // T < t // T or t - b <= reach])],
         wrong=[(lambda t, T, reach: t + 1, "come before byte 0"), (lambda t, T, reach: t, "every byte before it"),
                (lambda t, T, reach: min(t % T, reach), "through the global module"),
-               (lambda t, T, reach: t // T * T, "as well"), (lambda t, T, reach: t // T, "Count the earlier patches")]),
+               (lambda t, T, reach: t // T * T, "as well"), (lambda t, T, reach: t // T, "Count the earlier patches"),
+               (lambda t, T, reach: t // T * T + reach, "gives")]),
     "04.5": Check(
         "Write double(T, bpb): the best T and bits per byte after a dummy byte is put behind each byte.",
-        6, "Nothing is learned from a dummy byte and nothing is lost by it.", _double,
-        right=[lambda T, bpb: (2 * T, bpb / 2), lambda T, bpb: [2.0 * T, 0.5 * bpb]],
+        6, "hard", "Nothing is learned from a dummy byte and nothing is lost by it.", _double,
+        right=[lambda T, bpb: (2 * T, bpb / 2), lambda T, bpb: [2.0 * T, 0.5 * bpb],
+               lambda T, bpb: torch.tensor([T + T, bpb / 2])],
         wrong=[(lambda T, bpb: (T, bpb), "carry nothing"), (lambda T, bpb: (2 * T, bpb), "twice the bytes"),
-               (lambda T, bpb: (T / 2, 2 * bpb), "more bytes"), (lambda T, bpb: (T + 5, bpb), "content of a patch")]),
+               (lambda T, bpb: (T / 2, 2 * bpb), "more bytes"), (lambda T, bpb: (T + 5, bpb), "content of a patch"),
+               (lambda T, bpb: 2 * T, "two numbers")]),
 }

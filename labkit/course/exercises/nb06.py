@@ -1,14 +1,16 @@
 """Exercises of 06_roundpipe (Luo, Gao, Zheng, Lu, Shu, arXiv 2604.27085)."""
 
 import numpy as np
+import torch
 
-from labkit.course.check import Check, close, number
+from labkit.course.check import Check
+from labkit.course.reading import called, close, number
 from labkit.pipeline import ORDERINGS
 
 
 def _idle(answer) -> str | None:
     for N in (4, 3, 8):
-        got = number(answer(N))
+        got = number(called(answer, N))
         if close(got, N * (N - 1), within=1e-6):
             continue
         if close(got, N * (N - 1) / 2, within=1e-6):
@@ -21,7 +23,7 @@ def _idle(answer) -> str | None:
 
 def _stall(answer) -> str | None:
     for N, M_R, t in ((4, 2, 1.5), (8, 5, 2.0), (4, 4, 1.0), (4, 9, 3.0)):
-        got, expected = number(answer(N, M_R, t)), max(0, N - M_R) * t
+        got, expected = number(called(answer, N, M_R, t)), max(0, N - M_R) * t
         if close(got, expected, within=1e-6):
             continue
         if M_R > N and got < 0:
@@ -45,7 +47,7 @@ def _t_max(answer) -> str | None:
 
 
 def _efficiency(answer) -> str | None:
-    if close(answer, 1819.61 / 480.30 / 8, within=0.003):
+    if close(answer, 1819.61 / 480.30 / 8, within=0.005):
         return None
     if close(answer, 1819.61 / 480.30, within=0.02):
         return "That is the speed-up. What share is it of eight?"
@@ -55,7 +57,7 @@ def _efficiency(answer) -> str | None:
 
 
 def _gone(answer) -> str | None:
-    if not isinstance(answer, str) or answer not in ORDERINGS:
+    if not isinstance(answer, str) or (answer := answer.strip().lower()) not in ORDERINGS:
         return f"Give one of the names {', '.join(ORDERINGS)}."
     if answer == "uploaded":
         return None
@@ -68,13 +70,15 @@ def _gone(answer) -> str | None:
 
 def _border(answer) -> str | None:
     for beta in (0.0, 0.5, 0.9, 0.95):
-        got = number(answer(beta))
+        got = number(called(answer, beta))
         if close(got, 1.0, within=1e-6):
             continue
         if close(got, (2 + 2 * beta) / (1 - beta), within=1e-6):
             return "That is the border without delay. With it, which coefficient of z holds eta * lambda?"
         if close(got, 1 - beta, within=1e-6):
             return "That is the border of (1 - beta) * eta * lambda. Divide."
+        if close(got, 1 / (1 - beta), within=1e-6):
+            return "The constant term of the equation begins with beta: put it in before you solve for eta * lambda."
         return (f"At beta={beta:g} you say {got:g}. Near the border the two roots are complex: "
                 "the square of their size is the constant term.")
     return None
@@ -82,36 +86,40 @@ def _border(answer) -> str | None:
 
 CHECKS = {
     "06.1": Check(
-        "Write idle_slots(N): the time that all N workers together wait, every slot taking 1.",
-        6, "Worker w starts at w. The last slots end one after the other, too.", _idle,
-        right=[lambda N: N * (N - 1), lambda N: np.float64(N**2 - N)],
-        wrong=[(lambda N: N * (N - 1) / 2, "beginning alone"), (lambda N: N - 1, "one worker"),
-               (lambda N: N * N, "Worker w starts"), (12, "not callable")]),
-    "06.2": Check(
-        "Write stall(N, M_R, t): how long a worker waits between slot i and slot i + N.",
-        6, "It is busy for M_R t from its start; the data have come N t after its start.", _stall,
-        right=[lambda N, M_R, t: max(0, N - M_R) * t, lambda N, M_R, t: max(0.0, N * t - M_R * t)],
-        wrong=[(lambda N, M_R, t: (N - M_R) * t, "less than no time"), (lambda N, M_R, t: max(0, N - M_R), "lasts t"),
-               (lambda N, M_R, t: 0, "The data come")]),
-    "06.3": Check(
-        "The t_max of least cost (M S + N (N - 1)) t_max for 12 layers and a head of 6.",
-        8, "Try 6 first, then the next sums that a slot can have: 7, 8, 9, 12.", _t_max,
-        right=[6, np.float32(6.0)],
-        wrong=[(4, "cannot be cut"), (9, "612"), (504, "That is the cost"), (12, "count S")]),
-    "06.4": Check(
         "The scaling efficiency of Qwen3-235B on eight cards, as a share.",
-        3, "Speed-up divided by the number of cards.", _efficiency,
-        right=[0.4736, np.float64(1819.61 / 480.30 / 8)],
+        3, "easy", "Speed-up divided by the number of cards.", _efficiency,
+        right=[0.4736, np.float64(1819.61 / 480.30 / 8), 0.47, torch.tensor(0.4736).half()],
         wrong=[(3.79, "speed-up"), (47.4, "percent"), (0.92, "eight cards")]),
-    "06.5": Check(
+    "06.2": Check(
         "Which ordering is gone if the P-copy runs as soon as the optimizer has stepped?",
-        4, "What might a worker still be doing with the old weights?", _gone,
-        right=["uploaded"],
+        4, "easy", "What might a worker still be doing with the old weights?", _gone,
+        right=["uploaded", np.str_("uploaded"), " Uploaded "],
         wrong=[("between", "two steps"), ("renewed", "holds back"), ("collected", "gradients"), (1, "names")]),
+    "06.3": Check(
+        "Write idle_slots(N): the time that all N workers together wait, every slot taking 1.",
+        6, "medium", "Worker w starts at w. The last slots end one after the other, too.", _idle,
+        right=[lambda N: N * (N - 1), lambda N: np.float64(N**2 - N),
+               lambda N: sum(w + (N - 1 - w) for w in range(N)), lambda N: torch.tensor(N * (N - 1)).bfloat16()],
+        wrong=[(lambda N: N * (N - 1) / 2, "beginning alone"), (lambda N: N - 1, "one worker"),
+               (lambda N: N * N, "Worker w starts"), (lambda N: N * (N - 1) * 2, "Worker w starts"),
+               (12, "A function is asked for")]),
+    "06.4": Check(
+        "Write stall(N, M_R, t): how long a worker waits between slot i and slot i + N.",
+        6, "medium", "It is busy for M_R t from its start; the data have come N t after its start.", _stall,
+        right=[lambda N, M_R, t: max(0, N - M_R) * t, lambda N, M_R, t: max(0.0, N * t - M_R * t),
+               lambda N, M_R, t: 0 if M_R >= N else (N - M_R) * t, lambda N, M_R, t: np.clip(N - M_R, 0, None) * t],
+        wrong=[(lambda N, M_R, t: (N - M_R) * t, "less than no time"), (lambda N, M_R, t: max(0, N - M_R), "lasts t"),
+               (lambda N, M_R, t: 0, "The data come"), (lambda N, M_R, t: abs(N - M_R) * t, "The data come")]),
+    "06.5": Check(
+        "The t_max of least cost (M S + N (N - 1)) t_max for 12 layers and a head of 6.",
+        8, "hard", "Try 6 first, then the next sums that a slot can have: 7, 8, 9, 12.", _t_max,
+        right=[6, np.float32(6.0), torch.tensor([6])],
+        wrong=[(7, "count S"), (4, "cannot be cut"), (9, "612"), (504, "That is the cost"), (12, "count S")]),
     "06.6": Check(
         "Write late_border(beta): the largest stable eta * lambda with one update of delay.",
-        10, "The roots of z^2 - b z + c with b^2 < 4 c have the size sqrt(c).", _border,
-        right=[lambda beta: 1.0, lambda beta: (1 - beta) / (1 - beta)],
+        10, "hard", "The roots of z^2 - b z + c with b^2 < 4 c have the size sqrt(c).", _border,
+        right=[lambda beta: 1.0, lambda beta: (1 - beta) / (1 - beta), lambda beta: torch.ones(1).half()],
         wrong=[(lambda beta: (2 + 2 * beta) / (1 - beta), "without delay"), (lambda beta: 1 - beta, "Divide"),
+               (lambda beta: 1 / (1 - beta), "begins with beta"),
                (lambda beta: 0.5, "constant term")]),
 }

@@ -1,13 +1,17 @@
 """Exercises of 09_opd_menu (Rethinking On-Policy Distillation, arXiv 2604.13016)."""
 
-import numpy as np
+import math
 
-from labkit.course.check import Check, array, close, number
+import numpy as np
+import torch
+
+from labkit.course.check import Check
+from labkit.course.reading import array, called, close, number
 
 
 def _chance(answer) -> str | None:
     for m, n, V in ((4, 4, 48), (16, 16, 152_000), (3, 10, 48), (48, 5, 48)):
-        got = number(answer(m, n, V))
+        got = number(called(answer, m, n, V))
         if close(got, m * n / V, within=1e-6):
             continue
         if close(got, n / V, within=1e-6) or close(got, m / V, within=1e-6):
@@ -21,16 +25,17 @@ def _chance(answer) -> str | None:
 
 
 def _deceive(answer) -> str | None:
-    student, teacher = (array(row) for row in answer())
-    if student.shape != (5,) or teacher.shape != (5,) or not np.isfinite([student, teacher]).all():
+    rows = array(called(answer))
+    if rows.shape != (2, 5) or not np.isfinite(rows).all():
         return "Return two rows of five finite logits: student, teacher."
-    q, p = (np.exp(row - row.max()) / np.exp(row - row.max()).sum() for row in (student, teacher))
+    student, teacher = rows
+    log_q, log_p = map(_log_softmax, rows)
     orders = [np.argsort(-row, kind="stable") for row in (student, teacher)]
     if any(row[order[1]] == row[order[2]] for row, order in zip((student, teacher), orders, strict=True)):
         return "The second and the third place are equal: then nobody knows which of them is on the menu."
     if set(orders[0][:2].tolist()) != set(orders[1][:2].tolist()):
         return "The two top-2 menus are not the same tokens: the overlap ratio is below 1."
-    kl = float((q * np.log(q / p)).sum())
+    kl = float((np.exp(log_q) * (log_q - log_p)).sum())
     if kl <= 1:
         return f"The overlap ratio is 1, but KL(q, p) is only {kl:.2f} nats. The ratio does not see who comes first."
     return None
@@ -41,10 +46,10 @@ def _log_softmax(row):
 
 
 def _mislead(answer) -> str | None:
-    rows = [array(row) for row in answer()]
-    if len(rows) != 3 or any(row.shape != (5,) or not np.isfinite(row).all() for row in rows):
+    rows = array(called(answer))
+    if rows.shape != (3, 5) or not np.isfinite(rows).all():
         return "Return three rows of five finite logits: the student, the first teacher, the second."
-    log_q, *log_ps = (_log_softmax(row) for row in rows)
+    log_q, *log_ps = map(_log_softmax, rows)
     orders = [np.argsort(-row, kind="stable") for row in rows]
     if any(row[order[1]] == row[order[2]] for row, order in zip(rows, orders, strict=True)):
         return "In one row the second and the third place are equal: then nobody knows which of them is on the menu."
@@ -66,9 +71,11 @@ def _mislead(answer) -> str | None:
 
 
 def _end(answer) -> str | None:
-    if close(answer, 0.65 * 0.17 + 0.35 * 0.99, within=0.002):
+    if close(answer, 0.65 * 0.17 + 0.35 * 0.99, within=0.004):
         return None
-    if close(answer, 0.65 + 0.35 * 0.99, within=0.005):
+    if close(answer, 65 * 0.17 + 35 * 0.99, within=0.4):
+        return "That is in percent; give a share between 0 and 1."
+    if close(answer, 0.65 + 0.35 * 0.99, within=0.003):
         return "That is the teacher's accuracy. The student copies how often to answer at once, not the skill."
     if close(answer, 0.99, within=0.004):
         return "That is the student before. Which of the teacher's habits are easy to copy?"
@@ -81,7 +88,7 @@ def _end(answer) -> str | None:
 
 def _waiting(answer) -> str | None:
     for p, answers in ((1e-3, 64), (0.2, 3), (1e-3, 1024)):
-        got, some = number(answer(p, answers)), 1 - (1 - p) ** answers
+        got, some = number(called(answer, p, answers)), 1 - (1 - p) ** answers
         if close(got, 1 / some, within=1e-6 / some):
             continue
         if close(got, 1 / p, within=1e-6 / p):
@@ -97,41 +104,53 @@ def _waiting(answer) -> str | None:
 CHECKS = {
     "09.1": Check(
         "Write chance(m, n, V): how many tokens two sets of m and n tokens share on average, if drawn blindly from V.",
-        4, "Each of the m tokens is among the n with the same probability. Expectations add up.", _chance,
-        right=[lambda m, n, V: m * n / V, lambda m, n, V: np.float64(m) / V * n],
-        wrong=[(lambda m, n, V: n / V, "How many tokens"), (lambda m, n, V: m * n / V**2, "one given token"),
+        4, "easy", "Each of the m tokens is among the n with the same probability. Expectations add up.", _chance,
+        right=[lambda m, n, V: m * n / V, lambda m, n, V: np.float64(m) / V * n,
+               lambda m, n, V: sum(n / V for _ in range(m)), lambda m, n, V: torch.tensor(m * n / V).half()],
+        wrong=[(lambda m, n, V: 1 - (1 - n / V) ** m, "With which"), (lambda m, n, V: n / V, "How many tokens"),
+               (lambda m, n, V: m * n / V**2, "one given token"),
                (lambda m, n, V: min(m, n), "the most"), (lambda m, n, V: m * m / V, "With which probability")]),
     "09.2": Check(
+        "Where does the accuracy of a student end that copies 65% direct answers without the skill for them?",
+        5, "easy",
+        "Two kinds of answers: the teacher sets their shares, the student's own skill sets how often each is right.",
+        _end, right=[0.65 * 0.17 + 0.35 * 0.99, 0.457, 0.46, torch.tensor(0.457).bfloat16()],
+        wrong=[(45.7, "in percent"), (0.17, "chooses as the teacher"), (0.997, "teacher's accuracy"),
+               (0.99, "student before"), (0.3465, "now and then"), (0.703, "exchanged"),
+               (0.6, "chooses as the teacher")]),
+    "09.3": Check(
+        "Write updates_until(p, answers): the mean number of updates up to the first that has a direct answer.",
+        6, "medium", "An update has none with probability (1 - p)^answers. Such a wait is geometric.", _waiting,
+        right=[lambda p, answers: 1 / (1 - (1 - p) ** answers),
+               lambda p, answers: -1 / np.expm1(answers * np.log1p(-p)),
+               lambda p, answers: 1 / sum(p * (1 - p) ** k for k in range(answers)),
+               lambda p, answers: torch.tensor(1 - (1 - p) ** answers).reciprocal()],
+        wrong=[(lambda p, answers: 1 / p, "answers, not of updates"),
+               (lambda p, answers: 1 - (1 - p) ** answers, "probability that one update"),
+               (lambda p, answers: 1 / (p * answers), "Nearly"), (lambda p, answers: answers, "without any"),
+               (lambda p, answers: math.ceil(1 / (1 - (1 - p) ** answers)), "without any")]),
+    "09.4": Check(
         "Write deceive(): logits of student and teacher for five tokens, the same top 2 and KL(student, teacher) > 1.",
-        6, "Two tokens hold nearly all the mass in both. In which order?", _deceive,
+        6, "medium", "Two tokens hold nearly all the mass in both. In which order?", _deceive,
         right=[lambda: ([5.0, 1.0, 0.0, 0.0, 0.0], [1.0, 5.0, 0.0, 0.0, 0.0]),
-               lambda: (np.array([0.0, 0, 3, 9, 0]), np.array([0.0, 0, 9, 3, 0]))],
+               lambda: (np.array([0.0, 0, 3, 9, 0]), np.array([0.0, 0, 9, 3, 0])),
+               lambda: torch.tensor([[900.0, 500, 0, 0, 0], [500, 900, 0, 0, 0]]).bfloat16(),
+               lambda: (torch.tensor([0.9, 0.05, 0.02, 0.02, 0.01]).log(), [-3, -0.1, -5, -6, -6])],
         wrong=[(lambda: ([5.0, 1, 0, 0, 0], [5.0, 1, 0, 0, 0]), "only 0.00"),
                (lambda: ([5.0, 1, 0, 0, 0], [0.0, 0, 0, 5, 1]), "not the same tokens"),
                (lambda: ([5.0, 0, 0, 0, 0], [5.0, 0, 0, 0, 0]), "nobody knows"),
-               (lambda: ([5.0, 1], [1.0, 5]), "two rows of five")]),
-    "09.3": Check(
+               (lambda: ([5.0, 1], [1.0, 5]), "two rows of five"), (lambda: 5.0, "two rows of five"),
+               (lambda: ([5.0, 1, -math.inf, 0, 0], [1.0, 5, 0, 0, 0]), "finite")]),
+    "09.5": Check(
         "Write mislead(): logits of a student and two teachers; the first has the better advantage and the worse KL.",
-        8, "The advantage looks only at tokens on both menus. What is it if there is just one of them?", _mislead,
+        8, "hard",
+        "The advantage looks only at tokens on both menus. What is it if there is just one of them?", _mislead,
         right=[lambda: ([3.0, 2.0, 0.0, 0.0, 0.0], [-3.0, 3.0, 2.0, 0.0, 0.0], [2.0, 2.5, 0.0, 0.0, 0.0]),
-               lambda: np.array([[2.0, 1, 0, 0, 0], [2.0, 1, 0, 0, -30], [2.0, 1.5, 0, 0, 0]])],
+               lambda: np.array([[2.0, 1, 0, 0, 0], [2.0, 1, 0, 0, -30], [2.0, 1.5, 0, 0, 0]]),
+               lambda: [np.float16(row) for row in ([2.0, 1, 0, 0, 0], [2.0, 1, 0, 0, -30], [2, 1.5, 0, 0, 0])]],
         wrong=[(lambda: ([3.0, 2, 0, 0, 0], [2.0, 2.5, 0, 0, 0], [-3.0, 3, 2, 0, 0]), "the first should be the larger"),
                (lambda: ([3.0, 2, 0, 0, 0], [3.0, 2, 0, 0, 0], [2.0, 2.5, 0, 0, 0]), "does the advantage not look at"),
                (lambda: ([3.0, 2, 0, 0, 0], [-3.0, 0, 3, 2, 0], [2.0, 2.5, 0, 0, 0]), "shares no token"),
                (lambda: ([3.0, 0, 0, 0, 0], [-3.0, 3, 2, 0, 0], [2.0, 2.5, 0, 0, 0]), "nobody knows"),
                (lambda: ([3.0, 2, 0, 0, 0], [-3.0, 3, 2, 0, 0]), "three rows of five")]),
-    "09.4": Check(
-        "Where does the accuracy of a student end that copies 65% direct answers without the skill for them?",
-        5, "Two kinds of answers: the teacher sets their shares, the student's own skill sets how often each is right.",
-        _end, right=[0.65 * 0.17 + 0.35 * 0.99, 0.457],
-        wrong=[(0.997, "teacher's accuracy"), (0.99, "student before"), (0.3465, "now and then"), (0.703, "exchanged"),
-               (0.6, "chooses as the teacher")]),
-    "09.5": Check(
-        "Write updates_until(p, answers): the mean number of updates up to the first that has a direct answer.",
-        6, "An update has none with probability (1 - p)^answers. Such a wait is geometric.", _waiting,
-        right=[lambda p, answers: 1 / (1 - (1 - p) ** answers),
-               lambda p, answers: -1 / np.expm1(answers * np.log1p(-p))],
-        wrong=[(lambda p, answers: 1 / p, "answers, not of updates"),
-               (lambda p, answers: 1 - (1 - p) ** answers, "probability that one update"),
-               (lambda p, answers: 1 / (p * answers), "Nearly"), (lambda p, answers: answers, "without any")]),
 }
