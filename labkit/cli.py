@@ -61,8 +61,10 @@ def doctor(as_json: Json = False) -> None:
         print_json(machine.as_json())
     else:
         print_table("This machine", ["what", "is", "note"], [list(map(str, row)) for row in machine.rows()])
-        for problem in machine.problems:
-            print(f"{'Problem' if problem.serious else 'Note'}: {problem.what}\n  To mend it: {problem.fix}")
+        print()
+        print_table("What runs here", ["scale", "labs", "time on two cores", "how to choose it"],
+                    [list(row.row(machine.scale)) for row in machine.runs])
+        print("", *machine.problems, sep="\n")
         print("Ready." if machine.healthy else "Not ready: mend the problems above.")
     raise typer.Exit(0 if machine.healthy else 1)
 
@@ -70,18 +72,18 @@ def doctor(as_json: Json = False) -> None:
 @app.command("list")
 def list_notebooks(as_json: Json = False) -> None:
     """List the labs: title, question, minutes at each scale, and where results are shipped."""
+    from labkit.course import header as headers
     from labkit.course import record
-    from labkit.course.header import NOTEBOOKS, header_of, read_notebook
 
-    labs = []
-    for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
-        header = header_of(read_notebook(path))
-        labs.append({"notebook": path.name[:2], "file": path.name, **dataclasses.asdict(header),
+    found = []
+    for path in headers.labs():
+        header = headers.header_of(headers.read_notebook(path))
+        found.append({"notebook": path.name[:2], "file": path.name, **dataclasses.asdict(header),
                      "results": list(record.measured_at(path.name[:2]))})
     if as_json:
-        return print_json(labs)
+        return print_json(found)
     print_table("The labs (open one in JupyterLab with `make lab`)",
-                ["", "title", "question", "minutes", "results"], [_lab_row(lab) for lab in labs])
+                ["", "title", "question", "minutes", "results"], [_lab_row(lab) for lab in found])
 
 
 def _lab_row(lab: dict) -> list[str]:
@@ -127,8 +129,12 @@ def claims(as_json: Json = False,
 
         scoreboard.update_readme()
         update_picture()
-    rows = [row for row in claims_table()
-            if notebook in (None, row["notebook"]) and verdict in (None, row["verdict"])]
+    rows = claims_table()
+    asked = {"notebook": notebook and notebook.zfill(2), "verdict": verdict}
+    for key, wanted in asked.items():
+        if wanted and wanted not in (known := sorted({row[key] for row in rows})):
+            raise LabError(f"No claim has the {key} {wanted!r}.", f"There are: {', '.join(known)}.")
+    rows = [row for row in rows if all(wanted in (None, row[key]) for key, wanted in asked.items())]
     if as_json:
         print_json(rows)
     else:

@@ -3,7 +3,8 @@
 `make install` calls this as `python -m labkit.install .venv`, with nothing but the standard library at hand. Every
 step shows its command; an error is printed whole and ends the set-up; a set-up that was broken off is begun afresh.
 
-uv installs (seconds instead of minutes); pip takes over where uv cannot be had. torch on Linux comes in two builds:
+uv installs (seconds instead of minutes); pip takes over where uv cannot be had, unless that is for want of a network.
+What cannot work (native Windows, a full disk) is said before anything is fetched. torch on Linux comes in two builds:
 with an NVIDIA GPU the default one (CUDA), without one the small CPU build, from a wheel in PIP_FIND_LINKS if one
 fits, else by uv's `--torch-backend=cpu`.
 """
@@ -15,6 +16,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from pathlib import Path
 
 from labkit.errors import LabError
@@ -23,7 +25,12 @@ from labkit.files import REPOSITORY, write_json
 CONSTRAINTS = ["--constraint", "constraints.txt"]
 COURSE = ["--editable", ".[dev]"]
 UNFINISHED = ".unfinished"
-NETWORK = "If the messages above speak of the network, mend it and run the same command again."
+OLDEST_MACOS = 14  # what the wheels of the pinned torch are built for
+NETWORK = ("If the messages above speak of a connection or a certificate, mend it and run the same command again "
+           "(behind a proxy set HTTPS_PROXY, behind a company's certificate SSL_CERT_FILE). What was fetched is kept.")
+NO_CONNECTION = ("Failed to establish a new connection", "timed out", "ProxyError",
+                 "Name or service not known", "name resolution", "CERTIFICATE_VERIFY_FAILED", "Network is unreachable")
+DISK_GB = {False: 2.5, True: 6.0}  # measured: 1.9 GB with the CPU build of torch, 5.4 GB with the CUDA build (True)
 
 
 def main(arguments: list[str]) -> int:
@@ -31,10 +38,14 @@ def main(arguments: list[str]) -> int:
     os.chdir(REPOSITORY)
     folder = Path(arguments[0] if arguments else ".venv")
     try:
+        refuse_what_cannot_work()
+        nvidia = has_nvidia_gpu()
+        if not is_whole(folder):
+            ask_for_disk(folder, nvidia)
         make_environment(folder)
         (folder / UNFINISHED).touch()
-        install(folder, nvidia=has_nvidia_gpu(), links=os.environ.get("PIP_FIND_LINKS", ""))
-        silence_news(folder)
+        install(folder, nvidia=nvidia, links=os.environ.get("PIP_FIND_LINKS", ""))
+        settle_jupyterlab(folder)
         (folder / UNFINISHED).unlink()
     except LabError as error:
         print(f"\nThe set-up did not finish. {error}", file=sys.stderr)
@@ -43,6 +54,31 @@ def main(arguments: list[str]) -> int:
         print("\nThe set-up was interrupted. Run the same command again: it starts afresh.", file=sys.stderr)
         return 130
     return 0
+
+
+def refuse_what_cannot_work() -> None:
+    """Platforms for which PyTorch has no builds, or where a folder of this course would not work."""
+    if platform.system() == "Windows":
+        raise LabError("Windows itself is not supported, WSL 2 is.",
+                       "In PowerShell: wsl --install; then clone the course inside it and run make lab there.")
+    if platform.system() == "Darwin" and platform.machine() == "x86_64":
+        raise LabError("PyTorch has no current builds for Macs with Intel processors.",
+                       "Use a Mac with Apple silicon (and a Python built for it, not for Intel), or Linux.")
+    if platform.system() == "Darwin" and int(platform.mac_ver()[0].partition(".")[0]) < OLDEST_MACOS:
+        raise LabError(f"The tested PyTorch needs macOS {OLDEST_MACOS}, and this is {platform.mac_ver()[0]}.",
+                       "Update macOS, or use Linux.")
+    if "musl" in (sysconfig.get_config_var("SOABI") or ""):
+        raise LabError("PyTorch has no builds for Linux with musl, like Alpine.",
+                       "Use a Linux with glibc, like Debian.")
+
+
+def ask_for_disk(folder: Path, nvidia: bool) -> None:
+    """A disk that fills up in the middle leaves messages nobody understands."""
+    place = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    free, need = shutil.disk_usage(place).free / 1e9, DISK_GB[nvidia]
+    if free < need:
+        raise LabError(f"The set-up needs about {need:g} GB of disk, and {free:.1f} GB are free at {place}.",
+                       "Free some space, or choose another disk: make VENV=/other/disk/venv lab")
 
 
 def install(folder: Path, *, nvidia: bool, links: str) -> None:
@@ -81,9 +117,10 @@ def make_environment(folder: Path) -> None:
             "On Debian and Ubuntu the module venv is a package of its own: sudo apt install python3-venv")
 
 
-def silence_news(folder: Path) -> None:
-    """JupyterLab's default settings here: no question about Jupyter news on the first screen of the course."""
-    overrides = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"}}
+def settle_jupyterlab(folder: Path) -> None:
+    """JupyterLab's default settings here: texts open rendered, as the welcome page must; no question about news."""
+    overrides = {"@jupyterlab/apputils-extension:notification": {"fetchNews": "false"},
+                 "@jupyterlab/docmanager-extension:plugin": {"defaultViewers": {"markdown": "Markdown Preview"}}}
     write_json(folder / "share" / "jupyter" / "lab" / "settings" / "overrides.json", overrides)
 
 
@@ -107,8 +144,12 @@ def find_installer(folder: Path) -> tuple[list[str], bool]:
     """The command that installs into `folder`, and whether it is uv: uv is installed there first, else pip serves."""
     python, uv = str(folder / "bin" / "python"), folder / "bin" / "uv"
     pip = [python, "-m", "pip", "install", "--disable-pip-version-check"]
-    if uv.exists() or run([*pip, "--quiet", *CONSTRAINTS, "uv"]) == 0:
+    said: list[str] = []
+    if uv.exists() or run([*pip, "--quiet", "--retries", "2", *CONSTRAINTS, "uv"], said=said) == 0:
         return [str(uv), "pip", "install", "--python", python], True
+    if any(words in "".join(said) for words in NO_CONNECTION):
+        raise LabError("No package index can be reached, and the set-up is the one step that needs it.",
+                       "Connect to the network and run the same command again; behind a proxy set HTTPS_PROXY first.")
     print("uv could not be installed (see above); pip does the work, in minutes instead of seconds.")
     return pip, False
 
@@ -131,12 +172,17 @@ def cpu_wheel(links: str) -> Path | None:
     return next((wheel for link in links.split() for wheel in Path(link).glob(name)), None)
 
 
-def run(command: list[str], without_links: bool = False) -> int:
-    """Show a command and run it; its messages go straight to the terminal."""
+def run(command: list[str], without_links: bool = False, said: list[str] | None = None) -> int:
+    """Show a command and run it; its messages go straight to the terminal, or are also kept in `said`."""
     print("$", shlex.join(command), flush=True)
     environment = {name: value for name, value in os.environ.items()
                    if not (without_links and name == "PIP_FIND_LINKS") and name != "VIRTUAL_ENV"}
-    return subprocess.run(command, env=environment).returncode
+    if said is None:
+        return subprocess.run(command, env=environment).returncode
+    done = subprocess.run(command, env=environment, stderr=subprocess.PIPE, text=True)
+    print(done.stderr, end="", file=sys.stderr, flush=True)
+    said.append(done.stderr)
+    return done.returncode
 
 
 def attempt(command: list[str], fix: str, without_links: bool = False) -> None:

@@ -58,7 +58,8 @@ def test_doctor_exits_with_what_it_found(labkit, monkeypatch):
 
     status, out, _ = labkit("doctor", "--json")
     assert json.loads(out)["healthy"] is (status == 0)
-    assert "scale" in labkit("doctor")[1]
+    out = labkit("doctor")[1]
+    assert "scale" in out and "What runs here" in out and "LABKIT_SCALE=desk" in out
     problem = machine.Problem("torch is missing.", "make install", serious=True)
     monkeypatch.setattr(machine, "package_problems", lambda: [problem])
     status, out, _ = labkit("doctor")
@@ -71,7 +72,10 @@ def test_claims_have_the_keys_of_the_ledger_and_are_filtered(labkit):
     assert rows and all(tuple(row) == KEYS for row in rows)
     some = json.loads(labkit("claims", "--json", "--notebook", "02", "--verdict", "not testable here")[1])
     assert some == [row for row in rows if row["notebook"] == "02" and row["verdict"] == "not testable here"]
-    assert labkit("claims", "--notebook", "02")[0] == 0
+    assert labkit("claims", "--notebook", "2")[0] == 0
+    for key, wrong in (("notebook", "77"), ("verdict", "reproducd")):
+        status, _, error = labkit("claims", f"--{key}", wrong)
+        assert status == 1 and wrong in error and "There are: " in error
 
 
 def test_bench_prints_both_ceilings(labkit, monkeypatch):

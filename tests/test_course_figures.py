@@ -52,10 +52,10 @@ def test_end_labels_do_not_overlap():
 
 
 def test_pictures_have_twice_the_pixels_and_few_colours():
-    """7.6 inches of 100 pixels, at scale 2; the small form has a palette and is less than half as heavy."""
+    """7.6 inches of 100 pixels, at scale 2; with a palette, less than half as heavy as what a widget sends."""
     fig, ax = figures.figure(width=7.6, height=4)
     ax.imshow(np.random.default_rng(0).random((40, 40)))
-    small, full = figures.png(fig), figures.png(fig, small=False)
+    small, full = figures.png(fig), figures.screen_png(fig, scale=2)
     assert Image.open(io.BytesIO(small)).size == (1520, 800)
     assert Image.open(io.BytesIO(small)).mode == "P" and len(small) < len(full) / 2
 

@@ -3,6 +3,7 @@
 from itertools import pairwise
 
 import pytest
+from matplotlib.colors import to_rgb
 
 from labkit.course import figures, gantt
 from labkit.pipeline import simulate
@@ -38,6 +39,22 @@ def test_the_drawing_has_a_row_a_worker_and_names_the_kinds_that_occur():
     assert list(ax.get_yticks()) == [0, 1] and ax.get_xlim()[1] >= 2 * timeline.makespan and ax.yaxis_inverted()
     assert [text.get_text() for text in ax.get_legend().get_texts()] == [
         "forward", "recompute", "backward", "fused: head, loss, backward"]
+
+
+def test_every_bar_is_drawn_where_it_ran_in_its_kinds_colour_and_hatch():
+    """One path a kind, which is quick to draw; its boxes are the bars of all workers, in their rows."""
+    timeline = simulate("roundpipe", **ASKED)
+    _, ax = figures.figure()
+    gantt.draw(ax, timeline)
+    drawn = {}
+    for patch in ax.patches:
+        boxes = [polygon.tolist() for polygon in patch.get_path().to_polygons(closed_only=False)]
+        drawn[patch.get_facecolor()[:3], patch.get_hatch() or None] = sorted(
+            (min(x for x, _ in box), max(x for x, _ in box), min(y for _, y in box)) for box in boxes)
+    for kind, (_, colour, hatch) in gantt.KINDS.items():
+        expected = sorted((start, start + length, worker - 0.4) for worker, row in enumerate(timeline.rows)
+                          for start, length in gantt.bars(row)[kind])
+        assert drawn.get((to_rgb(colour), hatch or None), []) == [pytest.approx(box) for box in expected]
 
 
 def test_no_two_kinds_share_colour_and_hatch():

@@ -34,7 +34,11 @@ def test_scale_is_chosen_with_its_reason(lab, monkeypatch):
     assert choose_scale().name == "quick"
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda *_: "Test GPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_75", "sm_80"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (8, 6))
     assert choose_scale().name == "workstation" and "Test GPU" in choose_scale().reason
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: (7, 5))  # no bf16: its first lab would crash
+    assert choose_scale().name == "quick" and "the Test GPU is too old" in choose_scale().reason
 
 
 def test_settings_take_the_column_of_the_scale(lab):

@@ -53,11 +53,17 @@ def lab(tmp_path, monkeypatch):
     notebooks.mkdir()
     build.write(notebooks / "98_lab.ipynb", made())
     monkeypatch.setattr(header, "NOTEBOOKS", notebooks)
-    monkeypatch.setattr(handout, "NOTEBOOKS", notebooks)
     monkeypatch.setattr(shipped, "RESULTS", tmp_path / "results")
     check = Check("How many?", 4, "easy", "Count.", lambda answer: None, wrong=[(2, "x")])
     monkeypatch.setattr(handout_copies, "find", lambda name: check)
     return notebooks / "98_lab.ipynb"
+
+
+def test_a_copy_beside_a_lab_is_no_lab(tmp_path):
+    """A learner's copy, or JupyterLab's Duplicate, must not be run or listed in the lab's place."""
+    for name in ("02_a_lab", "02_a_lab.learner", "02_a_lab-Copy1", "03_other"):
+        (tmp_path / f"{name}.ipynb").touch()
+    assert [path.stem for path in header.labs(tmp_path)] == ["02_a_lab", "03_other"]
 
 
 # the learner's copy --------------------------------------------------------------------------------------------------

@@ -3,6 +3,7 @@
 import pytest
 
 from labkit.course import picture, scoreboard
+from labkit.course.claims import load_claims
 from labkit.course.ledger import claims_table
 from labkit.course.scoreboard import BEGIN, END, print_table, scoreboard_markdown, update_readme, with_scoreboard
 from labkit.errors import LabError
@@ -56,7 +57,7 @@ def test_every_verdict_is_counted_and_every_claim_has_its_line():
     rows = [row("t.a"), row("t.b", "desk", "not reproduced"), row("t.c", "desk", "inconclusive")]
     rows.append(row("t.d", "quick", "live"))
     text = scoreboard_markdown(rows)
-    assert "4 claims in 4 rows" in text and "1 reproduced, 1 not reproduced, 1 inconclusive, 1 live" in text
+    assert "4 claims: " in text and "1 reproduced, 1 not reproduced, 1 inconclusive, 1 live" in text
     assert all(text.count(f"Claim t.{letter}.") == 1 for letter in "abcd")
 
 
@@ -71,6 +72,14 @@ def test_each_gpu_has_its_own_line():
     rows = [row(scale="workstation", device=name, verdict="partly") for name in ("NVIDIA H200", "RTX PRO 6000")]
     text = scoreboard_markdown(rows)
     assert "workstation (NVIDIA H200)" in text and "workstation (RTX PRO 6000)" in text
+    assert "1 claims in 2 rows (one a claim, scale and device)" in text
+
+
+def test_the_legend_counts_exact_own_and_changed_rows():
+    rows = [row("tst.loss") | {"kind": "exact"}, row("t.b") | {"paper": "One-GPU Lab, a prediction of our own"}]
+    assert "1 of the reproduced" in (text := scoreboard.legend(rows)) and "1 rows are predictions of our own" in text
+    changed = bool(load_claims()["tst.loss"].changes)
+    assert f"({changed:d} of 1, many" in text
 
 
 def test_the_terminal_table_keeps_brackets_and_ids(capsys):

@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from matplotlib.axes import Axes
 from matplotlib.patches import Patch
 
-from labkit.course.figures import PALETTE
+from labkit.course.figures import PALETTE, boxes
 from labkit.pipeline import Event, Timeline
 
 KINDS = {"F": ("forward", PALETTE["sky"], ""), "R": ("recompute", PALETTE["orange"], "////"),
@@ -30,10 +30,11 @@ def bars(row: Iterable[Event]) -> dict[str, list[tuple[float, float]]]:
 
 def draw(ax: Axes, timeline: Timeline, *, until: float | None = None) -> None:
     """The chart; `until` sets the right end, to compare two."""
-    for worker, row in enumerate(timeline.rows):
-        for kind, parts in bars(row).items():
-            _, colour, hatch = KINDS[kind]
-            ax.broken_barh(parts, (worker - 0.4, 0.8), facecolor=colour, edgecolor="black", linewidth=0.3, hatch=hatch)
+    rows = [bars(row) for row in timeline.rows]
+    for kind, (_, colour, hatch) in KINDS.items():
+        found = [(start, worker - 0.4, start + length, worker + 0.4)
+                 for worker, row in enumerate(rows) for start, length in row[kind]]
+        boxes(ax, found, facecolor=colour, edgecolor="black", linewidth=0.3, hatch=hatch)
     ax.set(ylim=(timeline.workers - 0.4, -0.6), xlim=(0, (until or timeline.makespan) * 1.01), ylabel="worker",
            yticks=range(timeline.workers))
     ax.grid(visible=False)

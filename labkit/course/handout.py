@@ -16,11 +16,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from labkit import progress
+from labkit.course import header as headers
 from labkit.course import notebook_lint
 from labkit.course.handout_copies import instructor_copy, learner_copy
 from labkit.course.handout_read import predictions_of, tags_of
 from labkit.course.handout_slides import slides_page
-from labkit.course.header import NOTEBOOKS, find_notebook, header_of, read_notebook
 from labkit.errors import LabError
 from labkit.files import sha256, write_json
 
@@ -33,8 +33,8 @@ def make_handouts(notebooks: Sequence[str], folder: Path) -> list[dict]:
     Raises LabError for an unknown lab, a notebook without outputs, and a folder that holds anything that this command
     did not write; then no file is touched.
     """
-    paths = [find_notebook(number) for number in dict.fromkeys(notebooks)]
-    paths = paths or sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+    paths = [headers.find_notebook(number) for number in dict.fromkeys(notebooks)]
+    paths = paths or headers.labs()
     folder = Path(folder)
     kept = files_made_before(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -72,7 +72,7 @@ def files_made_before(folder: Path) -> dict[str, str]:
 
 def write_lab(path: Path, folder: Path) -> dict:
     """Make the three files of one lab in `folder`; returns its summary."""
-    notebook, number, name = read_notebook(path), path.name[:2], path.name
+    notebook, number, name = headers.read_notebook(path), path.name[:2], path.name
     for problem in notebook_lint.order(notebook):
         what = re.split(r" or |;", problem)[0]
         raise LabError(f"{name} is not stored with the outputs of a whole run: {what}.",
@@ -83,7 +83,7 @@ def write_lab(path: Path, folder: Path) -> dict:
     write_notebook(folder / files["learner"], learner)
     write_notebook(folder / files["instructor"], instructor)
     (folder / files["slides"]).write_text(slides_page(notebook, name), encoding="utf-8")
-    header = header_of(notebook)
+    header = headers.header_of(notebook)
     return {"notebook": number, "title": header.title, "minutes": header.minutes,
             "predictions": len(predictions_of(notebook, name)),
             "exercises": sum("exercise" in tags_of(cell) for cell in notebook["cells"]),

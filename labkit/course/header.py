@@ -47,9 +47,15 @@ def read_notebook(path: Path) -> dict:
     return notebook
 
 
+def labs(folder: Path | None = None) -> list[Path]:
+    """The labs' files in order; a copy that lies beside them (02_name-Copy1, 02_name.learner) is none."""
+    found = sorted((folder or NOTEBOOKS).glob("[0-9][0-9]_*.ipynb"))
+    return [path for path in found if re.fullmatch(r"\d\d_\w+", path.stem)]
+
+
 def find_notebook(number: str) -> Path:
     """The file of lab "02" (or "2", or its file name)."""
-    known = {path.name[:2]: path for path in sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))}
+    known = {path.name[:2]: path for path in labs()}
     wanted = Path(number).name[:2] if "_" in number else number.zfill(2)
     if wanted not in known:
         raise LabError(f"There is no notebook {number!r}.", f"Choose one of: {', '.join(known) or 'none is here'}.")

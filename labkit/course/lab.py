@@ -16,7 +16,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 from labkit import progress
-from labkit.course import check, display, predict, record, widgets
+from labkit.course import check, display, predict, record, widget_trial, widgets
 from labkit.course.scale import SCALES, choose_scale, has_device
 from labkit.errors import LabError
 
@@ -97,6 +97,8 @@ class Lab:
 
     def play(self, draw: Callable, alt: str | Callable[..., str], **controls: widgets.Control) -> None:
         """Let the learner move `controls` and see `draw(**values)` follow; headless, the starting picture."""
+        if how := widget_trial.wanted():
+            widget_trial.try_all(self.notebook, draw, alt, controls, how)
         widgets.play(self, draw, alt, controls)
 
     def check(self, name: str, answer: object) -> None:

@@ -7,7 +7,7 @@ choice can break it; a page beyond the last is the last.
 import html
 from collections.abc import Mapping, Sequence
 
-from labkit.course import display
+from labkit.course import display, widget_access
 from labkit.course.ledger import shown
 from labkit.course.ledger_views import matching, source_of
 from labkit.course.scoreboard import counted_verdicts
@@ -55,7 +55,6 @@ def _options(rows: Sequence[Mapping], key: str) -> list[tuple[str, str]]:
 
 def _widget(rows: Sequence[Mapping], start: Mapping[str, str]) -> None:
     import ipywidgets
-    from IPython.display import display as show
 
     wide = {"style": {"description_width": "5em"}, "layout": ipywidgets.Layout(width="32em", max_width="100%")}
     controls = {key: ipywidgets.Dropdown(options=_options(rows, key), value=start.get(key, ""), description=name,
@@ -75,4 +74,4 @@ def _widget(rows: Sequence[Mapping], start: Mapping[str, str]) -> None:
     for control in [*controls.values(), page]:
         control.observe(redraw, names="value")
     redraw()
-    show(ipywidgets.VBox([*controls.values(), page, picture]))
+    widget_access.show(ipywidgets.VBox([*controls.values(), page, picture]))

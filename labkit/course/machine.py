@@ -1,42 +1,25 @@
 """What machine is this, what will it run, and what is missing: the card of `labkit doctor` and of notebook 00.
 
 Nothing here needs more than torch and the standard library, and a broken or missing torch is reported, not raised.
-What it reads, and how, is in system.py. Units: GB are 10^9 bytes.
+What it reads, and how, is in system.py; what it makes of that is in doctor_*.py. Units: GB are 10^9 bytes.
 """
 
-import importlib.metadata
 import os
 import platform
-import re
 import shutil
-import sys
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
+from labkit.course.doctor_gpu import gpu_problems
+from labkit.course.doctor_packages import import_torch, package_problems, version_of, version_problems
+from labkit.course.doctor_place import place_problems
+from labkit.course.doctor_problem import Problem
+from labkit.course.doctor_scales import Forecast, forecast
 from labkit.course.scale import choose_scale
-from labkit.course.system import GB, Gpu, core_count, cpu_name, find_gpus, memory_gb, system_name
+from labkit.course.system import GB, Gpu, core_count, cpu_name, find_gpus, memory_gb, system_name, why_unfit
 from labkit.errors import LabError
 from labkit.files import REPOSITORY
-from labkit.toolchain import c_compiler
 
-NEEDED = ("torch", "numpy", "matplotlib", "safetensors", "tokenizers", "tqdm", "rich", "typer")
-FOR_NOTEBOOKS = ("jupyterlab", "ipywidgets", "nbclient", "nbval")
 SHOWN = ("torch", "triton", "numpy", "jupyterlab", "ipywidgets", "nbval", "labkit")
-WORKSTATION_GB = 24  # the memory that workstation settings are written for
-IN_OUR_ENVIRONMENT = Path(sys.prefix) == REPOSITORY / ".venv"
-PIP = f"{sys.executable} -m pip install -c constraints.txt"
-SETUP_FIX = "rm -f .venv/.installed-* && make install" if IN_OUR_ENVIRONMENT else f"{PIP} -e '.[dev]'"
-REBUILD_FIX = "rm -rf .venv && make install" if IN_OUR_ENVIRONMENT else f"{PIP} --force-reinstall torch"
-STAY_ON_CPU = "export LABKIT_SCALE=quick"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """What is missing, the command that mends it, and whether the labs cannot run before that."""
-
-    what: str
-    fix: str
-    serious: bool
 
 
 @dataclass(frozen=True)
@@ -54,6 +37,7 @@ class Machine:
     gpus: tuple[Gpu, ...]
     scale: str
     reason: str
+    runs: tuple[Forecast, ...]
     problems: tuple[Problem, ...]
 
     @property
@@ -72,9 +56,7 @@ class Machine:
         rows += [(name, version or "missing", self._note(name)) for name, version in self.versions.items()]
         rows += [("GPU", gpu.name, f"{gpu.memory_gb:.0f} GB, compute capability {gpu.capability}, driver {gpu.driver}"
                   + ("" if gpu.usable else "; torch cannot use it")) for gpu in self.gpus]
-        if not self.gpus:
-            rows.append(("GPU", "none", "no NVIDIA GPU was found; every lab also runs on the CPU"))
-        return [*rows, ("scale", self.scale, self.reason)]
+        return [*rows, *([] if self.gpus else [_no_gpu_row()]), ("scale", self.scale, self.reason)]
 
     def _note(self, name: str) -> str:
         if name == "torch" and self.versions[name]:
@@ -88,29 +70,35 @@ class Machine:
         return {**asdict(self), "healthy": self.healthy}
 
 
+def _no_gpu_row() -> tuple[str, str, str]:
+    if platform.system() == "Darwin" and platform.machine() == "arm64":
+        return "GPU", "Apple", "not used: kernels and bf16 settings are for CUDA; every lab also runs on the CPU"
+    return "GPU", "none", "no NVIDIA GPU was found; every lab also runs on the CPU"
+
+
 def inspect_machine() -> Machine:
     """Look at everything once. Never raises: what cannot be read is named among the problems."""
     torch, torch_problem = import_torch()
     versions = {name: version_of(name) for name in SHOWN}
-    gpus = find_gpus(torch)
-    scale, reason, scale_problem = scale_here(torch)
-    disk, memory = shutil.disk_usage(REPOSITORY).free / GB, memory_gb()
+    gpus, (scale, reason, scale_problem) = find_gpus(torch), scale_here(torch)
+    disk, memory, cores = shutil.disk_usage(REPOSITORY).free / GB, memory_gb(), core_count()
+    runs = forecast(memory, gpus[0].memory_gb if gpus else None, why_no_workstation(torch))
     problems = [*torch_problem, *scale_problem, *package_problems(), *version_problems(versions),
-                *gpu_problems(gpus, torch, scale), *resource_problems(disk, memory)]
-    return Machine(system=system_name(), cpu=cpu_name(), cores=core_count(), memory_gb=memory, disk_free_gb=disk,
+                *gpu_problems(gpus, torch, scale, runs[-1]), *place_problems(disk, memory, cores, runs[0])]
+    return Machine(system=system_name(), cpu=cpu_name(), cores=cores, memory_gb=memory, disk_free_gb=disk,
                    python=platform.python_version(), versions=versions,
                    cuda=torch.version.cuda if torch else None, gpus=gpus, scale=scale, reason=reason,
-                   problems=tuple(problems))
+                   runs=runs, problems=tuple(problems))
 
 
-def import_torch() -> tuple[object | None, list[Problem]]:
-    """torch, or None and the reason: a missing package, or one whose libraries do not load."""
-    try:
-        import torch
-    except Exception as error:  # a torn installation raises OSError, ImportError or AttributeError
-        cause = "torch is not installed." if version_of("torch") is None else f"torch does not load: {error}"
-        return None, [Problem(cause, REBUILD_FIX if version_of("torch") else SETUP_FIX, serious=True)]
-    return torch, []
+def why_no_workstation(torch: object | None) -> str:
+    """Why no lab runs at workstation scale here; nothing where it does."""
+    if torch is None:
+        return "torch is missing"
+    if not torch.cuda.is_available():
+        return "needs an NVIDIA GPU that torch can use"
+    reason = why_unfit(torch)
+    return f"the {torch.cuda.get_device_name()} {reason}" if reason else ""
 
 
 def scale_here(torch: object | None) -> tuple[str, str, list[Problem]]:
@@ -122,103 +110,3 @@ def scale_here(torch: object | None) -> tuple[str, str, list[Problem]]:
     except LabError as error:
         return "none", error.problem, [Problem(error.problem, f"unset LABKIT_SCALE   ({error.fix})", serious=True)]
     return choice.name, choice.reason, []
-
-
-def version_of(package: str) -> str | None:
-    """The installed version, or None. A bare server imports labkit by PYTHONPATH, without an installation."""
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        if package == "labkit":
-            from labkit import __version__
-
-            return __version__
-        return None
-
-
-def package_problems() -> list[Problem]:
-    """Missing packages: those every lab needs, and those only JupyterLab and the tests need."""
-    missing = [name for name in NEEDED if name != "torch" and version_of(name) is None]
-    problems = [Problem(f"{name} is not installed.", SETUP_FIX, serious=True) for name in missing]
-    absent = [name for name in FOR_NOTEBOOKS if version_of(name) is None]
-    if absent:
-        problems.append(Problem(f"{', '.join(absent)} not installed: notebooks run only by labkit run --in-process.",
-                                SETUP_FIX, serious=False))
-    if platform.system() == "Linux" and version_of("triton") is None:
-        problems.append(Problem("triton is not installed: labs use their plain torch references.", SETUP_FIX, False))
-    return problems
-
-
-def version_problems(versions: dict[str, str | None]) -> list[Problem]:
-    """Combinations known not to work, and versions outside the tested ranges of pyproject.toml."""
-    problems = []
-    if not (3, 11) <= sys.version_info[:2] <= (3, 13):
-        problems.append(Problem(f"Python {platform.python_version()} is outside 3.11 to 3.13.", REBUILD_FIX, True))
-    for name, low, beyond in (("torch", (2, 11), (2, 14)), ("triton", (3, 6), (3, 10))):
-        found = versions[name]
-        if found and not low <= numbers(found) < beyond:
-            tested = f"{'.'.join(map(str, low))} up to, but not including, {'.'.join(map(str, beyond))}"
-            problems.append(Problem(f"{name} {found} was not tested; the course knows {tested}.", REBUILD_FIX, False))
-    triton, numpy = versions["triton"], versions["numpy"]
-    if triton and numpy and numbers(triton) < (3, 7) and numbers(numpy) >= (2, 4):
-        problems.append(Problem(f"triton {triton}'s interpreter fails on loops with numpy {numpy}.",
-                                f"{sys.executable} -m pip install 'numpy<2.4'", serious=False))
-    return problems
-
-
-def numbers(version: str) -> tuple[int, int]:
-    """Major and minor number: '2.13.0+cpu' -> (2, 13)."""
-    major, minor = re.findall(r"\d+", version)[:2]
-    return int(major), int(minor)
-
-
-def gpu_problems(gpus: tuple[Gpu, ...], torch: object | None, scale: str) -> list[Problem]:
-    """Why a GPU that is there is not used, or will not do. The CPU still works, so none is serious."""
-    if not gpus or torch is None:
-        return []
-    gpu = gpus[0]
-    if not torch.cuda.is_available():
-        return [Problem(*why_unreachable(gpu, torch.version.cuda), serious=False)]
-    reason = why_unfit(gpu) if scale == "workstation" else None
-    problems = [Problem(*reason, serious=False)] if reason else []
-    if scale == "workstation" and c_compiler() is None:
-        problems.append(Problem("There is no C compiler, which Triton needs: labs use their slower torch references.",
-                                "install gcc, on Debian or Ubuntu: sudo apt-get install gcc", serious=False))
-    return problems
-
-
-def why_unreachable(gpu: Gpu, cuda: str | None) -> tuple[str, str]:
-    """Why torch finds no GPU although the driver lists one, and the command that mends it."""
-    if cuda is None:
-        return f"{gpu.name} is there, but this torch is a CPU build.", REBUILD_FIX
-    if os.environ.get("CUDA_VISIBLE_DEVICES") in ("", "-1"):
-        return f"CUDA_VISIBLE_DEVICES hides the {gpu.name}.", "unset CUDA_VISIBLE_DEVICES"
-    return (f"torch cannot use the {gpu.name}: driver {gpu.driver} is too old for a torch built for CUDA {cuda}, or is "
-            "not loaded; update it, or take a torch that fits it.",
-            f"uv pip install --python {sys.executable} --reinstall-package torch --torch-backend=auto "
-            "-c constraints.txt torch")
-
-
-def why_unfit(gpu: Gpu) -> tuple[str, str] | None:
-    """Why workstation settings will not run on a GPU that torch reaches: too old, unknown to this torch, too small."""
-    if tuple(int(part) for part in gpu.capability.split(".")) < (8, 0):
-        return (f"{gpu.name} is too old (compute capability {gpu.capability}): workstation settings use bf16, which "
-                "starts at 8.0, the RTX 30 series.", STAY_ON_CPU)
-    if not gpu.usable:
-        return f"This torch has no code for the {gpu.name} (compute capability {gpu.capability}).", STAY_ON_CPU
-    if gpu.memory_gb < WORKSTATION_GB - 1:  # a 24 GB card reports a little less or more, by driver and unit
-        return (f"{gpu.name} has {gpu.memory_gb:.0f} GB; workstation settings are written for {WORKSTATION_GB} GB "
-                "and may not fit.", STAY_ON_CPU)
-    return None
-
-
-def resource_problems(disk: float, memory: float | None) -> list[Problem]:
-    """Too little disk or memory, in GB."""
-    problems = []
-    if disk < 1:
-        problems.append(Problem(f"Only {disk:.1f} GB of disk are free; checkpoints and caches need about 1 GB.",
-                                f"free some space on the disk of {REPOSITORY}", serious=disk < 0.1))
-    if memory is not None and memory < 3.5:
-        problems.append(Problem(f"Only {memory:.1f} GB of memory; the labs are made for 4 GB or more.",
-                                "close other programs, and run one notebook at a time", serious=False))
-    return problems

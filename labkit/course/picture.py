@@ -11,9 +11,10 @@ from labkit.errors import LabError
 from labkit.files import DATA, REPOSITORY, whole_file
 
 BEGIN, END = "<!-- picture:begin -->", "<!-- picture:end -->"
-SHOWN = ("02", "copy rate")  # the notebook, and words of the alternative text of its figure
+SHOWN = ("16", "Bars of verdicts by source")  # the notebook, and words of the alternative text of its figure
+CAPTION = "What became of the claims, by the source they come from (a figure of lab 16)."
 README = REPOSITORY / "README.md"
-FILE = DATA / "results" / "pictures" / "finding.png"
+FILE = DATA / "results" / "pictures" / "scoreboard.png"
 
 
 def chosen_figure() -> tuple[bytes, str]:
@@ -31,7 +32,7 @@ def chosen_figure() -> tuple[bytes, str]:
 def with_picture(readme: str, alt: str) -> str:
     """README's text with the picture between its marks."""
     link = f"![{alt}]({FILE.relative_to(REPOSITORY).as_posix()})\n"
-    return between_marks(readme, BEGIN, END, f"{link}\n*From lab {SHOWN[0]}: {alt}*", README)
+    return between_marks(readme, BEGIN, END, f"{link}\n*{CAPTION}*", README)
 
 
 def update_picture() -> None:

@@ -10,7 +10,7 @@ import json
 import os
 from pathlib import Path
 
-from labkit.course import display
+from labkit.course import display, widget_access
 from labkit.errors import LabError
 from labkit.files import REPOSITORY, write_json
 
@@ -73,7 +73,6 @@ def ask(notebook: str, key: str, question: str, options: list[str], default: str
 
 def _widget(notebook: str, key: str, question: str, options: list[str]) -> None:
     import ipywidgets
-    from IPython.display import display as show
 
     before = answer(notebook, key)
     choices = ipywidgets.RadioButtons(options=options, value=before if before in options else None,
@@ -98,7 +97,7 @@ def _widget(notebook: str, key: str, question: str, options: list[str]) -> None:
     if before in options:
         close(before)
     heading = ipywidgets.HTML(f"<p><b>Predict before you run on.</b> {html.escape(question)}</p>")
-    show(ipywidgets.VBox([heading, choices, button, said]))
+    widget_access.show(ipywidgets.VBox([heading, choices, button, said]))
 
 
 def reveal(notebook: str, key: str, truth: str, explain: str) -> None:

@@ -95,13 +95,26 @@ def versions() -> dict[str, str | None]:
 
 
 def commit() -> str:
-    """The repository's commit, with a mark if files that matter were changed or added since; "unknown" without git."""
+    """The repository's commit, with a mark if code or data were changed or added since; "unknown" without git.
+
+    Results and the stored outputs of notebooks don't count: a run writes them itself.
+    """
     try:
-        name, changed = (_git(*words) for words in (("rev-parse", "--short=12", "HEAD"),
-                                                    ("status", "--porcelain", "--", "labkit", "notebooks", "data")))
-    except (OSError, subprocess.SubprocessError):
+        name = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--", "labkit", "data", ":!data/results")
+        notebooks = _git("diff", "--name-only", "--relative", "HEAD", "--", "notebooks/*.ipynb").split()
+        changed = changed or any(map(_code_changed, notebooks))
+    except (OSError, ValueError, subprocess.SubprocessError):
         return "unknown"
     return f"{name}-dirty" if changed else name
+
+
+def _code_changed(notebook: str) -> bool:
+    """Whether a notebook has other code than at the last commit."""
+    now, then = (REPOSITORY / notebook).read_text(encoding="utf-8"), _git("show", f"HEAD:{notebook}")
+    now, then = ([cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+                 for text in (now, then))
+    return now != then
 
 
 def _git(*words: str) -> str:

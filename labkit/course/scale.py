@@ -1,13 +1,15 @@
 """Which of the three scales runs here, and why.
 
 quick: a laptop CPU, at most a minute a notebook. desk: a CPU, at most 20 minutes, five seeds or more.
-workstation: one GPU. `LABKIT_SCALE` chooses; without it a CUDA device means workstation, otherwise quick.
+workstation: one GPU. `LABKIT_SCALE` chooses; without it a CUDA device that can run the labs means workstation,
+otherwise quick.
 The choice comes together with its reason, and the reason is printed wherever the choice is used.
 """
 
 import os
 from dataclasses import dataclass
 
+from labkit.course.system import why_unfit
 from labkit.errors import LabError
 
 SCALES = ("quick", "desk", "workstation")
@@ -47,6 +49,9 @@ def choose_scale() -> Choice:
         return Choice(check_scale(wanted), f"LABKIT_SCALE={wanted} says so")
     import torch  # only here: the command line asks for scales without waiting for torch
 
-    if torch.cuda.is_available():
-        return Choice("workstation", f"a CUDA device was found ({torch.cuda.get_device_name()})")
-    return Choice("quick", "no CUDA device was found")
+    if not torch.cuda.is_available():
+        return Choice("quick", "no CUDA device was found")
+    name, unfit = torch.cuda.get_device_name(), why_unfit(torch)
+    if unfit:
+        return Choice("quick", f"the {name} {unfit}")
+    return Choice("workstation", f"a CUDA device was found ({name})")

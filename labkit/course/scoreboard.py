@@ -8,7 +8,7 @@ from collections import Counter
 from itertools import groupby
 from pathlib import Path
 
-from labkit.course.claims import VERDICTS
+from labkit.course.claims import VERDICTS, load_claims
 from labkit.course.ledger import claims_table, shown
 from labkit.errors import LabError
 from labkit.files import REPOSITORY, whole_file
@@ -23,7 +23,21 @@ def scoreboard_markdown(rows: list[dict]) -> str:
     rows = sorted(without_superseded(rows), key=lambda row: row["notebook"])
     notebooks = groupby(rows, key=lambda row: row["notebook"])
     tables = [_folded_table(notebook, list(group)) for notebook, group in notebooks]
-    return "\n\n".join([summary(rows), *tables])
+    return "\n\n".join([summary(rows), legend(rows), *tables])
+
+
+def legend(rows: list[dict]) -> str:
+    """How to read the tables, with the counts that a reader should know before trusting them."""
+    exact = sum(row["kind"] == "exact" and row["verdict"] == "reproduced" for row in rows)
+    own = sum(row["paper"].startswith("One-GPU Lab") for row in rows)
+    claims = [claim for claim in load_claims().values() if claim.id in {row["id"] for row in rows}]
+    changed = sum(bool(claim.changes) for claim in claims)
+    return (f"*Measured* rows have an interval over seeds; *exact* ones are identities, counts and arithmetic on "
+            f"printed numbers: {exact} of the reproduced. *Partly*: the interval lies in a second, named region. "
+            f"*Inconclusive*: it crosses a border. \"Paper\" is its number as we saw it; `source` in "
+            f"`labkit/course/claims.toml` says whether in the text or in a reader's note. {own} rows are predictions "
+            f"of our own. Rules are written before the run; where a row changed later ({changed} of {len(claims)}, "
+            f"many in wording only), it keeps date and reason in `changes`.")
 
 
 def _folded_table(notebook: str, rows: list[dict]) -> str:
@@ -39,9 +53,10 @@ def without_superseded(rows: list[dict]) -> list[dict]:
 
 
 def summary(rows: list[dict]) -> str:
-    """'51 claims in 60 rows (one a claim and scale): 30 reproduced, ...': each verdict counted, none left out."""
+    """'51 claims in 60 rows (one a claim, scale and device): 30 reproduced, ...': every verdict is counted."""
     claims = len({row["id"] for row in rows})
-    return f"{claims} claims in {len(rows)} rows (one a claim and scale): {counted_verdicts(rows) or 'nothing yet'}."
+    where = "" if claims == len(rows) else f" in {len(rows)} rows (one a claim, scale and device)"
+    return f"{claims} claims{where}: {counted_verdicts(rows) or 'nothing yet'}."
 
 
 def counted_verdicts(rows: list[dict]) -> str:
@@ -91,7 +106,7 @@ def print_table(rows: list[dict]) -> None:
     from rich.console import Console
     from rich.table import Table
 
-    table = Table(caption=summary(rows), header_style="bold")
+    table = Table(caption=summary(without_superseded(rows)), header_style="bold")
     for column in ("id", "claim", "paper", "ours (95% interval)", "scale", "verdict"):
         table.add_column(column, overflow="fold", no_wrap=column == "id")
     for row in rows:

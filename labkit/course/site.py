@@ -1,76 +1,101 @@
-"""The notebooks as web pages: one page a notebook, and an index. `make site` calls it.
+"""The course as a static site: every stored notebook, the whole ledger, the results of every scale. `make site`.
 
-The pages show what is stored in the notebooks; nothing is executed. The code of solutions is left out.
+    python -m labkit.course.site _site/
+
+Sphinx builds it, with MyST-NB for the notebooks and the theme of Sphinx Book. Nothing is executed, and no page asks
+for anything outside its folder: the mathematics, the search and the filters work from a file:// address too.
+The source is written into a temporary folder; a site that could not be built leaves the old one as it was.
 """
 
-import html
+import importlib.util
+import json
 import shutil
+import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
+from labkit.course.claims import load_claims
+from labkit.course.header import NOTEBOOKS
+from labkit.course.ledger import claims_table
+from labkit.course.site_front import front_page
+from labkit.course.site_lab import FIGURES, lab_page
+from labkit.course.site_ledger import ledger_page
+from labkit.course.site_map import FRONT, LEDGER, TEACHING, Lab, read_labs
+from labkit.course.site_results import results_page
+from labkit.course.site_search import write_texts
 from labkit.errors import LabError
-from labkit.files import whole_file
 
-PAGE = """<!DOCTYPE html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>One-GPU Lab</title>
-<style>body {{ font: 1.1rem/1.6 system-ui, sans-serif; max-width: 44rem; margin: 3rem auto; padding: 0 1rem }}</style>
-</head><body><h1>One-GPU Lab</h1>
-<p>Each lab teaches one LLM-training idea and measures its paper's claims in miniature. To run them:
-<code>make lab</code>.</p>
-<ol start="0">
-{items}
-</ol></body></html>
-"""
+ASSETS = Path(__file__).with_name("site_assets")
+TOOLS = ("sphinx", "myst_nb", "sphinx_book_theme", "sphinx-mathjax-offline")
+MARK = ".one-gpu-lab"  # a file that says: this folder was built here, and may be built anew
 
 
-def build_site(notebooks: Path, folder: Path) -> list[Path]:
-    """Write a page for every notebook and index.html into `folder`; returns the pages. The old folder is replaced."""
-    sources = sorted(notebooks.glob("*.ipynb"))
-    if not sources:
-        raise LabError(f"There are no notebooks in {notebooks}.", "Call `make site` in the repository's own folder.")
-    fresh = folder.with_name(folder.name + ".new")
-    shutil.rmtree(fresh, ignore_errors=True)
-    pages = [write_page(source, fresh) for source in sources]
-    items = "\n".join(f'<li value="{int(page.stem[:2])}"><a href="{page.name}">{html.escape(title)}</a></li>'
-                      for page, title in pages)
-    with whole_file(fresh / "index.html") as path:
-        path.write_text(PAGE.format(items=items), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    fresh.rename(folder)
-    return [folder / page.name for page, _ in pages]
+def build_site(folder: Path, notebooks: Path = NOTEBOOKS) -> list[Path]:
+    """Build the site into `folder` and return its pages. A site that is there is replaced once the new one is whole."""
+    folder = Path(folder).absolute()
+    may_be_replaced(folder)
+    missing = [tool for tool in TOOLS if importlib.util.find_spec(tool) is None]
+    if missing:
+        raise LabError(f"The site needs {', '.join(missing)}.", "`make install` brings everything that it needs.")
+    labs = read_labs(notebooks)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as work:
+        write_source(Path(work) / "source", labs, Path(notebooks))
+        run_sphinx(Path(work) / "source", Path(work) / "site")
+        write_texts(Path(work) / "site")
+        shutil.rmtree(folder, ignore_errors=True)
+        (Path(work) / "site").rename(folder)
+    return sorted(folder.glob("*.html"))
 
 
-def write_page(source: Path, folder: Path) -> tuple[Path, str]:
-    """Convert one notebook; returns its page and its title, which is the first heading."""
-    import nbformat
-    from nbconvert import HTMLExporter
-
-    notebook = nbformat.read(source, as_version=4)
-    # the classic template is the one that writes the alt text of figures
-    page, _ = HTMLExporter(template_name="classic").from_notebook_node(without_solutions(notebook))
-    with whole_file(folder / f"{source.stem}.html") as path:
-        path.write_text(page, encoding="utf-8")
-    return folder / f"{source.stem}.html", title_of(notebook, source.stem)
+def may_be_replaced(folder: Path) -> None:
+    """LabError if the folder holds anything that is not a site of ours."""
+    if folder.exists() and not (folder / MARK).exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise LabError(f"{folder} exists and was not built by `make site`.", "Move it away, or name another folder.")
 
 
-def title_of(notebook, default: str) -> str:
-    """The text of the first heading."""
-    lines = (line for cell in notebook.cells if cell.cell_type == "markdown" for line in cell.source.splitlines())
-    return next((line.lstrip("# ").strip() for line in lines if line.startswith("# ")), default)
+def write_source(source: Path, labs: list[Lab], notebooks: Path) -> None:
+    """Sphinx's source: a notebook a lab, markdown pages, pictures and data."""
+    rows, claims, extra = claims_table(), load_claims(), source / "extra"
+    here = {lab.number for lab in labs}
+    rows = [row for row in rows if row["notebook"] in here]
+    (source / "static").mkdir(parents=True)
+    extra.mkdir()
+    for lab in labs:
+        page = lab_page(lab, extra / FIGURES)
+        (source / f"{lab.page}.ipynb").write_text(json.dumps(page), encoding="utf-8")
+        (source / f"{lab.results}.md").write_text(results_page(lab, rows, claims, extra), encoding="utf-8")
+    (source / f"{FRONT}.md").write_text(front_page(rows, labs, source / "pictures"), encoding="utf-8")
+    (source / f"{LEDGER}.md").write_text(ledger_page(rows, labs), encoding="utf-8")
+    teaching = notebooks / "TEACHING.md"
+    teaching = teaching if teaching.exists() else NOTEBOOKS / "TEACHING.md"
+    shutil.copyfile(teaching, source / f"{TEACHING}.md")
+    (extra / MARK).touch()
+    copy_assets(source)
 
 
-def without_solutions(notebook):
-    """Leave out the source of cells tagged `solution`: their output stays, and the notebook has the code."""
-    for cell in notebook.cells:
-        if "solution" in cell.metadata.get("tags", []):
-            cell.metadata["transient"] = {"remove_source": True}
-    return notebook
+def copy_assets(source: Path) -> None:
+    """Sphinx's settings, our style and scripts, and MathJax in one file that needs no fonts."""
+    shutil.copyfile(ASSETS / "conf.py", source / "conf.py")
+    for asset in [*ASSETS.glob("*.css"), *ASSETS.glob("*.js")]:
+        shutil.copyfile(asset, source / "static" / asset.name)
+    mathjax = Path(importlib.util.find_spec("sphinx-mathjax-offline").origin).parent / "static" / "mathjax"
+    shutil.copyfile(mathjax / "tex-svg.js", source / "static" / "tex-svg.js")
+
+
+def run_sphinx(source: Path, site: Path) -> None:
+    """Build, with warnings as errors. LabError with Sphinx's last lines where it fails."""
+    command = [sys.executable, "-m", "sphinx", "-q", "-W", "--keep-going", "-j", "2", "-b", "html",
+               "-d", source.parent / "doctrees", source, site]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode:
+        raise LabError(f"Sphinx could not build the site: {done.stderr.strip()[-1500:]}", "Mend what it names.")
 
 
 if __name__ == "__main__":
     try:
-        for written in build_site(Path(sys.argv[1]), Path(sys.argv[2])):
-            print(written)
+        pages = build_site(Path(sys.argv[1]))
+        print(f"{len(pages)} pages. Open {pages[0].with_name('index.html')} in a browser.")
     except LabError as error:
         sys.exit(str(error))

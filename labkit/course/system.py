@@ -1,7 +1,8 @@
 """What the system and the NVIDIA driver say about this machine: names, cores, memory, GPUs.
 
 Linux, WSL and macOS; nothing beyond the standard library, and torch where it is handed in. Units: GB are 10^9 bytes.
-Sources: /proc and cgroup v2 (Linux), sysctl (macOS), nvidia-smi; torch.cuda.get_arch_list for what torch was built for.
+Sources: /proc, /sys and cgroup v2 (Linux), sysctl (macOS), nvidia-smi; torch.cuda.get_arch_list for what torch was
+built for.
 """
 
 import os
@@ -13,6 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 GB = 1e9
+OLDEST_CAPABILITY = (8, 0)  # bf16 arithmetic and Triton's support both start here: Ampere, the RTX 30 series
+WSL_DRIVER = "/usr/lib/wsl/lib/nvidia-smi"
 
 
 @dataclass(frozen=True)
@@ -43,8 +46,12 @@ def system_name() -> str:
         name = platform.freedesktop_os_release().get("PRETTY_NAME", platform.system())
     except OSError:
         name = f"{platform.system()} {platform.release()}"
-    windows = ", in WSL" if "microsoft" in platform.release().lower() else ""
-    return f"{name}{windows} ({platform.machine()})"
+    return f"{name}{', in WSL' * in_wsl()} ({platform.machine()})"
+
+
+def in_wsl() -> bool:
+    """Whether this is Linux inside Windows: Microsoft's kernel says so in its release."""
+    return "microsoft" in platform.release().lower()
 
 
 def cpu_name() -> str:
@@ -94,15 +101,52 @@ def is_built_for(capability: tuple[int, int], architectures: list[str]) -> bool:
     for architecture in architectures:
         kind, _, digits = architecture.partition("_")
         digits = digits.rstrip("af")  # sm_90a: code for exactly this card
+        if not digits.isdigit():  # AMD's are named otherwise: gfx90a
+            continue
         built = (int(digits[:-1]), int(digits[-1]))
         if built <= capability and (kind == "compute" or built[0] == capability[0]):
             return True
     return False
 
 
+def why_unfit(torch) -> str | None:
+    """Why workstation settings cannot run on the GPU that torch reaches, as the end of a sentence; None if they can."""
+    capability = tuple(torch.cuda.get_device_capability())
+    number = ".".join(map(str, capability))
+    if getattr(torch.version, "hip", None):
+        return "is an AMD GPU, which no lab was tested on"
+    if capability < OLDEST_CAPABILITY:
+        return f"is too old (compute capability {number}; bf16 and Triton start at 8.0, the RTX 30 series)"
+    if not is_built_for(capability, torch.cuda.get_arch_list()):
+        return f"is unknown to this torch, which has no code for compute capability {number}"
+    return None
+
+
+def driver_complaint() -> str:
+    """What nvidia-smi says when it fails, or nothing: a driver that was updated but not restarted speaks here."""
+    tool = shutil.which("nvidia-smi") or WSL_DRIVER
+    try:
+        answer = subprocess.run([tool, "-L"], capture_output=True, text=True, timeout=60)
+    except (OSError, subprocess.TimeoutExpired):
+        return ""
+    said = (answer.stdout + answer.stderr).strip().splitlines()
+    return (said[0] if said else f"status {answer.returncode}") if answer.returncode else ""
+
+
+def is_nvidia_plugged_in(bus: Path = Path("/sys/bus/pci/devices")) -> bool:
+    """Whether the PCI bus shows a display controller (class 03) of NVIDIA's (vendor 10de), with or without a driver."""
+    def says(device: Path, file: str) -> str:
+        try:
+            return (device / file).read_text(encoding="utf-8").strip()
+        except OSError:
+            return ""
+    return any(says(device, "vendor") == "0x10de" and says(device, "class").startswith("0x03")
+               for device in bus.glob("*"))
+
+
 def driver_gpus() -> list[tuple[str, float, str, str]]:
     """(name, memory in GB, compute capability, driver version) of each GPU that nvidia-smi lists."""
-    tool = shutil.which("nvidia-smi") or "/usr/lib/wsl/lib/nvidia-smi"
+    tool = shutil.which("nvidia-smi") or WSL_DRIVER
     query = "--query-gpu=name,memory.total,compute_cap,driver_version"
     rows = [line.split(", ") for line in ask([tool, query, "--format=csv,noheader,nounits"]).splitlines()]
     return [(name, float(memory) * 2**20 / GB if memory.isdigit() else 0.0, capability, driver)

@@ -5,20 +5,23 @@ sends the next position of a slider only when the last one was drawn, so a slow 
 falls behind. A value out of range can't be entered.
 """
 
+import gc
 import html
+import math
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from labkit.course import display
+from labkit.course import display, widget_access
 from labkit.errors import LabError
 
 
 @dataclass(frozen=True)
 class Control:
-    """One thing to move: its starting value, what it may be, and how an ipywidget for it is made."""
+    """One thing to move: its starting value, all it can be moved to in order, and how an ipywidget for it is made."""
 
     value: object
+    values: Sequence
     range_text: str
     widget: Callable
 
@@ -32,12 +35,23 @@ def slider(low: float, high: float, step: float, value: float, label: str) -> Co
     def widget():
         import ipywidgets
 
-        whole = all(isinstance(number, int) for number in (low, high, step, value))
-        kind = ipywidgets.IntSlider if whole else ipywidgets.FloatSlider
-        return kind(min=low, max=high, step=step, value=value, description=label, continuous_update=True,
-                    style={"description_width": "initial"}, layout=ipywidgets.Layout(width="32em", max_width="100%"))
+        wide = {"style": {"description_width": "initial"}, "layout": ipywidgets.Layout(width="32em", max_width="100%")}
+        about = {"min": low, "max": high, "step": step, "value": value, "description": label, "tooltip": label} | wide
+        if all(isinstance(number, int) for number in (low, high, step, value)):
+            return ipywidgets.IntSlider(**about)
+        return ipywidgets.FloatSlider(**about, readout_format=f".{_digits(low, step)}f")
 
-    return Control(value, f"{label}: {low} to {high}", widget)
+    return Control(value, _steps(low, high, step), f"{label}: {low} to {high}", widget)
+
+
+def _digits(*numbers: float) -> int:
+    """Digits behind the point, so that the number beside a slider is where it stands."""
+    return max(len(f"{number:.6f}".rstrip("0").split(".")[1]) for number in numbers)
+
+
+def _steps(low: float, high: float, step: float) -> tuple[float, ...]:
+    """Where the keyboard takes a slider: every step from the low end, and the high end."""
+    return (*(round(low + i * step, 12) for i in range(math.ceil((high - low) / step - 1e-9))), high)
 
 
 def choice(options: Sequence, value: object, label: str) -> Control:
@@ -50,10 +64,10 @@ def choice(options: Sequence, value: object, label: str) -> Control:
         import ipywidgets
 
         return ipywidgets.Dropdown(options=[(str(option), option) for option in options], value=value,
-                                   description=label, style={"description_width": "initial"},
+                                   description=label, tooltip=label, style={"description_width": "initial"},
                                    layout=ipywidgets.Layout(width="max-content", max_width="100%"))
 
-    return Control(value, f"{label}: {', '.join(map(str, options))}", widget)
+    return Control(value, tuple(options), f"{label}: {', '.join(map(str, options))}", widget)
 
 
 def close(figure) -> None:
@@ -66,44 +80,59 @@ def close(figure) -> None:
 
 def play(lab, draw: Callable, alt: str | Callable[..., str], controls: dict[str, Control]) -> None:
     """See Lab.play. A headless run draws the starting picture, so that a broken `draw` fails there."""
-    values = {name: control.value for name, control in controls.items()}
-    text = alt(**values) if callable(alt) else alt
     if lab.interactive:
         _interactive(draw, alt, controls)
-    else:
-        lab.show(draw(**values), text)
-        if display.kernel():
-            ranges = "; ".join(control.range_text for control in controls.values())
-            print(f"Run this cell in JupyterLab to move {ranges}.")
+        return
+    values = {name: control.value for name, control in controls.items()}
+    lab.show(draw(**values), _text(alt, values))
+    if display.kernel():
+        ranges = "; ".join(control.range_text for control in controls.values())
+        print(f"Run this cell in JupyterLab to move {ranges}.")
 
 
 def _interactive(draw: Callable, alt: str | Callable[..., str], controls: dict[str, Control]) -> None:
     import ipywidgets
-    from IPython.display import display as show
 
     handles = {name: control.widget() for name, control in controls.items()}
     picture = ipywidgets.HTML(layout=ipywidgets.Layout(width="100%"))
 
     def redraw(_=None) -> None:
-        picture.value = _picture(draw, alt, {name: handle.value for name, handle in handles.items()})
+        picture.value = _markup(draw, alt, {name: handle.value for name, handle in handles.items()})
 
     for handle in handles.values():
         handle.observe(redraw, names="value")
+    spare_the_collector()
     redraw()
-    show(ipywidgets.VBox([*handles.values(), picture]))
+    widget_access.show(ipywidgets.VBox([*handles.values(), picture]))
 
 
-def _picture(draw: Callable, alt: str | Callable[..., str], values: dict) -> str:
-    """The <img> for these values, or the sentence of what went wrong: a widget never breaks."""
+def spare_the_collector() -> None:
+    """Python's garbage collector looks again at all that is alive, 0.1 to 0.3 s with torch loaded, and a redraw can be
+    what sets it off. Of what is alive now it need not look at anything before the next widget is made."""
+    gc.unfreeze()
+    gc.collect()
+    gc.freeze()
+
+
+def rendered(draw: Callable, alt: str | Callable[..., str], values: dict) -> tuple[bytes, str, int]:
+    """(PNG, alternative text, width in CSS pixels) of the figure for these values."""
     from labkit.course import figures
 
+    figure = draw(**values)
+    width = round(figure.get_figwidth() * figure.dpi)
+    png = figures.screen_png(figure)
+    close(figure)
+    return png, _text(alt, values), width
+
+
+def _markup(draw: Callable, alt: str | Callable[..., str], values: dict) -> str:
+    """The <img> for these values, or the sentence of what went wrong: a widget never breaks."""
     try:
-        figure = draw(**values)
-        text = alt(**values) if callable(alt) else alt
-        markup = display.inline_image(figures.png(figure, scale=1.5, small=False), text,
-                                      round(figure.get_figwidth() * figure.dpi))
-        close(figure)
-        return markup
+        return display.inline_image(*rendered(draw, alt, values))
     except Exception as error:
         at = ", ".join(f"{name} = {value}" for name, value in values.items())
         return f'<p role="alert">Nothing to draw at {html.escape(at)}: {html.escape(str(error))}</p>'
+
+
+def _text(alt: str | Callable[..., str], values: dict) -> str:
+    return " ".join((alt(**values) if callable(alt) else alt).split())

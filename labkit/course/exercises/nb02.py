@@ -18,7 +18,7 @@ def _ratio(answer) -> str | None:
             return f"At r={r}, s={s} you count phase 1 only; the other (1-r) of the steps read text too."
         if close(got, 1 + r * s, rel=1e-2):
             return "A step of phase 1 reads s times the text instead of once, so it adds s-1, not s."
-        return f"At r={r}, s={s} your function gives {got:.4g}. Count the tokens of both phases, then divide by T*B*l."
+        return f"At r={r}, s={s} your function gives {got:.4g}. Count the tokens of both phases, then divide by T*B*N."
     return None
 
 
@@ -99,7 +99,7 @@ CHECKS = {
     "02.1": Check(
         "Write text_ratio(r, s): how much more text TST reads than a baseline of the same number of steps.",
         4, "easy",
-        "Phase 1 takes r*T steps of s tokens a latent, phase 2 takes (1-r)*T steps of one. Divide by T.", _ratio,
+        "Phase 1 takes r*T steps of s tokens a position, phase 2 takes (1-r)*T steps of one. Divide by T.", _ratio,
         right=[lambda r, s: 1 + r * (s - 1), lambda r, s: np.float32(r * s + 1 - r),
                lambda r, s: torch.tensor(r * s + (1 - r), dtype=torch.bfloat16)],
         wrong=[(lambda r, s: r * s, "phase 1 only"), (lambda r, s: 1 + r * s, "adds s-1"),
@@ -134,8 +134,9 @@ CHECKS = {
                (lambda bag: bag[..., :2], "came back as"),
                (lambda bag: bag + 1, "replaced"), (lambda bag: None, "Numbers are asked for")]),
     "02.6": Check(
-        "Leave out the shift by s-1. Write overlap(s): how many of a latent's s targets has it already read?",
-        6, "hard", "Latent i reads x_(is) ... x_((i+1)s-1); without the shift its targets are x_(is+1) ... x_((i+1)s).",
+        "Leave out the shift by s-1. Write overlap(s): how many of a position's s targets has it already read?",
+        6, "hard",
+        "Position i reads x_(is) ... x_((i+1)s-1); without the shift its targets are x_(is+1) ... x_((i+1)s).",
         _overlap,
         right=[lambda s: s - 1, lambda s: np.float64(s - 1),
                lambda s: len(set(range(s)) & set(range(1, s + 1)))],
