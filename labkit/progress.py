@@ -6,6 +6,7 @@ outputs; `labkit run` names a file in LABKIT_PROGRESS_FILE, and the bar writes i
 
 import contextlib
 import contextvars
+import importlib.util
 import json
 import os
 import sys
@@ -45,11 +46,17 @@ def bar(total: int, label: str, unit: str = "step"):
         return terminal_bar(total=total, disable=True)
     if path:
         return FileBar(path, total, label, unit)
-    if interactive() and "ipywidgets" in sys.modules:
+    if interactive() and _in_notebook():
         from tqdm.auto import tqdm as notebook_bar
 
         return notebook_bar(total=total, desc=label, unit=unit, leave=False)
     return terminal_bar(total=total, desc=label, unit=unit, leave=False, disable=not interactive())
+
+
+def _in_notebook() -> bool:
+    """Whether a widget can show: a kernel, with ipywidgets at hand. A terminal's bar would leave a red box there."""
+    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
+    return getattr(shell, "kernel", None) is not None and importlib.util.find_spec("ipywidgets") is not None
 
 
 class FileBar:

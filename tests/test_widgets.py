@@ -3,11 +3,14 @@
 import gc
 import io
 import json
+import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from PIL import Image
 
+from labkit import progress
 from labkit.course import display, figures, predict, widget_access, widget_trial, widgets
 from labkit.course.header import NOTEBOOKS, read_notebook, text_of
 from labkit.errors import LabError
@@ -83,7 +86,13 @@ def broken(n, share, kind):
     return draw(n, share, kind)
 
 
+def grumbling(n, share, kind):
+    warnings.warn("a division by zero", RuntimeWarning, stacklevel=2)
+    return draw(n, share, kind)
+
+
 @pytest.mark.parametrize(("faulty", "how", "words"), [
+    ({"draw": grumbling}, "ends", "grumbling can't be drawn at .*a division by zero"),
     ({"draw": deaf}, "ends", "shows the same picture after share was moved to 0.0"),
     ({"alt": silent}, "ends", "shows the same alternative text after share"),
     ({"alt": "fixed"}, "ends", "shows the same alternative text after n"),
@@ -207,6 +216,19 @@ def test_the_number_beside_a_slider_shows_every_step():
                (0.05, 0.95, 0.02, 0.17): ".2f"}
     for numbers, wanted in formats.items():
         assert widgets.slider(*numbers, "s").widget().readout_format == wanted
+
+
+def test_a_bar_in_a_notebook_is_a_widget_before_any_other_was_made(monkeypatch):
+    """A terminal's bar writes to stderr, which a notebook shows as a red box; at a prompt without a kernel it is
+    right."""
+    shell = SimpleNamespace(kernel=object())
+    monkeypatch.setattr(progress, "interactive", lambda: True)
+    monkeypatch.setattr("IPython.get_ipython", lambda: shell)
+    monkeypatch.setattr("tqdm.auto.tqdm", lambda **_: "a widget")
+    assert progress.bar(3, "steps") == "a widget"
+    monkeypatch.setattr(progress, "terminal_bar", lambda **_: "a line")
+    shell.kernel = None
+    assert progress.bar(3, "steps") == "a line"
 
 
 # every notebook ------------------------------------------------------------------------------------------------------

@@ -11,6 +11,7 @@ import json
 import os
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from statistics import median
 
@@ -84,7 +85,8 @@ def _drawn(name: str, draw: Callable, alt: str | Callable[..., str], values: dic
     while not tries or (min(tries) > LIMIT_SECONDS and len(tries) < 3):
         start = time.process_time()
         try:
-            png, text, _ = widgets.rendered(draw, alt, values)
+            with warnings.catch_warnings(action="error"):  # a learner would see it in red
+                png, text, _ = widgets.rendered(draw, alt, values)
         except Exception as error:
             raise LabError(f"The widget {name} can't be drawn at {values}: {error}",
                            "Narrow the controls, or let draw(...) show what is possible there.") from error
