@@ -20,9 +20,9 @@ TEXT = """# The whole ledger
 
 {summary}
 
-A row is a claim at one scale. Its rule was written before the run, or says when and why it changed; the verdict is
-computed from the whole interval over seeds. The rules themselves, and what each seed gave, stand on the results page
-of each lab.
+A row is a claim at one scale, so a claim that was run quick and at the desk counts twice here. Its rule was written
+before the run, or says when and why it changed; the verdict is computed from the whole interval over seeds. The rules
+themselves, and what each seed gave, stand on the results page of each lab.
 
 {filters}
 
