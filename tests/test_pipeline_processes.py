@@ -269,12 +269,15 @@ def alive(pid):
         return False
 
 
-def gone(pids, seconds=5.0):
-    """Wait until none of them runs."""
+def gone(pids, folders=(), seconds=5.0):
+    """Wait until none of them runs and no folder is left: the last worker removes its folder while it ends."""
+    def left():
+        return any(map(alive, pids)) or any(map(os.path.exists, folders))
+
     deadline = time.monotonic() + seconds
-    while any(map(alive, pids)) and time.monotonic() < deadline:
+    while left() and time.monotonic() < deadline:
         time.sleep(0.02)
-    return not any(map(alive, pids))
+    return not left()
 
 
 def interrupt_group(pids):
@@ -357,7 +360,7 @@ def test_no_worker_outlives_a_killed_caller(tmp_path):
         time.sleep(0.3)
         assert len(pids) == 4 and all(map(alive, pids))
         caller.kill()
-    assert gone(pids) and not os.path.exists(idle) and not os.path.exists(busy)
+    assert gone(pids, folders=(idle, busy))
 
 
 FAULTS_HERE = {  # on the side that asks
