@@ -48,10 +48,11 @@ test-kernels: install
 	wait $$compile; compiled=$$?; cat $$report; rm -f $$report; [ $$interpreted = 0 ] && [ $$compiled = 0 ]
 
 # LABKIT_WIDGETS=ends takes each widget to its ends: it must draw there, something else, and within 0.2 s.
+# Two notebooks at a time, a third faster than one: most of a notebook keeps one core busy.
 # One thread: with two, and anything else running, OpenMP threads wait for each other and training slows 3 to 60 times.
 test-notebooks: install
 	LABKIT_SCALE=quick LABKIT_WIDGETS=ends OMP_NUM_THREADS=1 $(PY) -m pytest --timeout 600 -p no:python \
-	  --nbval-lax --nbval-current-env --nbval-cell-timeout 120 --ignore=notebooks/handout notebooks/
+	  -n 2 --dist loadfile --nbval-lax --nbval-current-env --nbval-cell-timeout 240 --ignore=notebooks/handout notebooks/
 
 lint: install
 	$(PY) -m ruff check .
