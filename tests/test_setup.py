@@ -337,9 +337,10 @@ def test_make_test_runs_everything_on_one_thread(tmp_path):
     plan = make("-n", "test", f"VENV={tmp_path}/venv").stdout.replace("\\\n", " ")
     (notebooks,) = [line for line in plan.splitlines() if "--nbval" in line]
     for word in ("LABKIT_SCALE=quick", "OMP_NUM_THREADS=1", "-p no:python", "--nbval-lax", "--nbval-current-env",
-                 "--nbval-cell-timeout 120"):
+                 "--nbval-cell-timeout 240", "-n 2 --dist loadfile", "LABKIT_WIDGETS=ends"):
         assert word in notebooks
     assert "labkit.course.notebook_lint notebooks/" in plan and "ruff check" in plan
+    assert "labkit.course.prose notebooks/" in plan
     assert re.search(r"OMP_NUM_THREADS=1 \S+ -m pytest --timeout 300 -n 2 --dist loadfile tests/", plan)
 
 
