@@ -10,6 +10,7 @@ picture, by the page's own clock.
 import json
 import re
 import sys
+import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from itertools import groupby
@@ -58,9 +59,15 @@ class Widget:
         if value() == before:
             return False
         self._wait(count)
-        same = [part for part, other in zip(self.shown(), shown, strict=True) if part == other]
+        end = time.monotonic() + 5.0
+        while (same := self._unchanged(shown)) and time.monotonic() < end:
+            self.page.wait_for_timeout(50)  # what was drawn may have been asked for by the key before
         assert not same, f"{key} took a control from {before} to {value()}, and {same[0][:60]!r} did not change"
         return True
+
+    def _unchanged(self, shown: tuple) -> list:
+        """Of picture and text those that are still what was shown."""
+        return [part for part, other in zip(self.shown(), shown, strict=True) if part == other]
 
     def _wait(self, count: int) -> None:
         self.page.wait_for_function("([box, count]) => box.seen.count > count", arg=[self.element, count])
