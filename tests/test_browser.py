@@ -23,7 +23,7 @@ from pathlib import Path
 import browser_widgets
 import pytest
 
-from labkit.course.header import NOTEBOOKS, read_notebook, text_of
+from labkit.course.header import labs, read_notebook, text_of
 from labkit.files import REPOSITORY
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -31,7 +31,7 @@ playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright i
 pytestmark = [pytest.mark.browser,
               pytest.mark.skipif(not CHROMIUM, reason="Chromium is not installed (apt install chromium)")]
 
-ALL = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+ALL = labs()
 FIRST = ("00",)
 LABS = [pytest.param(path, id=path.stem, marks=() if path.name[:2] in FIRST else pytest.mark.every_lab) for path in ALL]
 WIDGETS = r"^(lab\.play|browse)\("

@@ -146,7 +146,7 @@ def test_a_copy_that_would_not_run_is_refused():
 
 def test_every_lab_runs_without_its_solutions():
     """No lab of the course defines in a solution what a later cell needs."""
-    for path in sorted(header.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+    for path in header.labs():
         assert list(handout_copies.names_from_solutions(read_notebook(path))) == [], path.name
 
 
@@ -371,7 +371,7 @@ def test_the_command(lab, tmp_path, monkeypatch, capsys):
 def test_teaching_toml_holds_the_notebooks_own_choices():
     """Every prediction of every lab has choices that tempt, all of them offered, at least one left as the answer."""
     teaching = tomllib.loads(handout_read.TEACHING.read_text(encoding="utf-8"))
-    for path in sorted(header.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")):
+    for path in header.labs():
         number = path.name[:2]
         if number not in teaching:
             assert number in NOT_WRITTEN_YET, f"teaching.toml lacks lab {number}"
@@ -385,7 +385,7 @@ def test_teaching_toml_holds_the_notebooks_own_choices():
             assert all(len(why.split()) >= 8 for why in choices.values())
             right = {answer.option for answer in handout_answers.recorded_answers(notebook, number, each)}
             assert not right or set(choices) - right, f"{path.name}, {each.key}: nothing is left that tempts"
-    assert set(teaching) <= {path.name[:2] for path in header.NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")}
+    assert set(teaching) <= {path.name[:2] for path in header.labs()}
 
 
 def planned_minutes(text: str) -> list[tuple[str, str, float]]:

@@ -7,11 +7,11 @@ import re
 import pytest
 
 from labkit.course import prose, prose_expressions, prose_links, prose_numbers
-from labkit.course.header import NOTEBOOKS
+from labkit.course.header import NOTEBOOKS, labs
 from labkit.errors import LabError
 from labkit.files import REPOSITORY
 
-LABS = sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb"))
+LABS = labs()
 PAGES = [*sorted(NOTEBOOKS.glob("*.md")), *sorted(REPOSITORY.glob("*.md")), REPOSITORY / "data" / "SOURCES.md"]
 KNOWN = prose_numbers.Known([0.0641, 17203, 0.4799, 38], [(0.0641, 0.038, 0.0897), (-0.28, -0.41, -0.16)], {})
 

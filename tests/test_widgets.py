@@ -12,7 +12,7 @@ from PIL import Image
 
 from labkit import progress
 from labkit.course import display, figures, predict, widget_access, widget_trial, widgets
-from labkit.course.header import NOTEBOOKS, read_notebook, text_of
+from labkit.course.header import labs, read_notebook, text_of
 from labkit.errors import LabError
 
 CONTROLS = {"n": widgets.slider(1, 30, 1, 4, "n"), "share": widgets.slider(0.0, 1.0, 0.25, 0.5, "share"),
@@ -233,7 +233,7 @@ def test_a_bar_in_a_notebook_is_a_widget_before_any_other_was_made(monkeypatch):
 
 # every notebook ------------------------------------------------------------------------------------------------------
 
-@pytest.mark.parametrize("path", sorted(NOTEBOOKS.glob("[0-9][0-9]_*.ipynb")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", labs(), ids=lambda path: path.stem)
 def test_every_widget_of_a_lab_has_a_static_twin(path):
     """The stored cell of each lab.play holds a picture with its text, and says what can be moved."""
     played = [cell for cell in read_notebook(path)["cells"]

@@ -174,6 +174,11 @@ def _plain(arm: object) -> object:
     return arm.item() if getattr(arm, "shape", None) == () else arm
 
 
+def where(row: Mapping) -> str:
+    """The scale of a row, with its device on a GPU: 'desk', 'workstation (NVIDIA H200)'; '' if it was not run."""
+    return row["scale"] + (f" ({row['device']})" if row["scale"] == "workstation" else "")
+
+
 def shown(row: Mapping) -> str:
     """Estimate with its interval, to two significant digits of the interval's half width: '-0.147 [-0.160, -0.134]'."""
     if row["estimate"] is None:

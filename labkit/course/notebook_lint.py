@@ -18,9 +18,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from labkit.course import record
+from labkit.course.gate import run_gate
 from labkit.course.header import header_of, read_notebook, text_of
 from labkit.course.scale import SCALES
-from labkit.errors import LabError
 
 COMMENTS = ("NBVAL_IGNORE_OUTPUT", "NBVAL_CHECK_OUTPUT", "NBVAL_RAISES_EXCEPTION", "NBVAL_SKIP")
 MARKER_TAGS = ("nbval-ignore-output", "nbval-check-output", "nbval-raises-exception", "nbval-skip", "raises-exception")
@@ -198,18 +198,7 @@ def budget(notebook: dict, number: str) -> Iterator[str]:
 
 def main(arguments: list[str]) -> int:
     """Lint files and folders; prints what is wrong and returns the exit status."""
-    paths = [path for name in arguments for path in
-             (sorted(Path(name).glob("*.ipynb")) if Path(name).is_dir() else [Path(name)])]
-    try:
-        if not paths:
-            raise LabError(f"No notebook was found in {', '.join(arguments) or 'nothing'}.", "Name files or folders.")
-        problems = [problem for path in paths for problem in lint(path)]
-    except LabError as error:
-        problems = [str(error)]
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    print(f"{len(paths)} notebooks, {len(problems)} problems")
-    return 1 if problems else 0
+    return run_gate(arguments, lint, "{files} notebooks")
 
 
 if __name__ == "__main__":

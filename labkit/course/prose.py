@@ -12,8 +12,8 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+from labkit.course.gate import run_gate
 from labkit.course.header import read_notebook, text_of
-from labkit.errors import LabError
 
 NOT_PROSE = [re.compile(pattern, re.DOTALL) for pattern in (
     r"```.*?```", r"`[^`\n]*`", r"\$\$.*?\$\$", r"\$[^$]*\$", r"(?<=\])\([^)]*\)", r"<[^>]*>", r"https?://\S+")]
@@ -42,22 +42,17 @@ def misspelled(path: Path) -> Iterator[str]:
             yield f"may misspell a word: {line.split(':', 1)[-1].strip()}"
 
 
-def main(arguments: list[str]) -> int:
-    """Check files and folders of notebooks and pages; prints what is wrong and returns the exit status."""
+def problems_of(path: Path) -> list[str]:
+    """What the three gates say of one file."""
     from labkit.course import prose_links, prose_numbers
 
-    paths = [path for name in arguments for path in
-             (sorted(Path(name).glob("*.ipynb")) + sorted(Path(name).glob("*.md")) if Path(name).is_dir()
-              else [Path(name)])]
-    try:
-        problems = [f"{path.name}: {problem}" for path in paths
-                    for gate in (misspelled, prose_links.broken, prose_numbers.unexplained) for problem in gate(path)]
-    except LabError as error:
-        problems = [str(error)]
-    for problem in problems:
-        print(problem, file=sys.stderr)
-    print(f"The prose of {len(paths)} files, {len(problems)} problems")
-    return 1 if problems else 0
+    gates = (misspelled, prose_links.broken, prose_numbers.unexplained)
+    return [f"{path.name}: {problem}" for gate in gates for problem in gate(path)]
+
+
+def main(arguments: list[str]) -> int:
+    """Check files and folders of notebooks and pages; prints what is wrong and returns the exit status."""
+    return run_gate(arguments, problems_of, "The prose of {files} files", endings=("*.ipynb", "*.md"))
 
 
 if __name__ == "__main__":

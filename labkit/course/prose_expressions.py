@@ -5,8 +5,8 @@ In prose_numbers.toml the source of a number may be an expression, behind an equ
     "+0.02 [−0.08, 0.13]" = "= interval(ours('menu.rest_weaker'), ours('menu.shared_suffices'))"
 
 It may use, of the lab's desk results (or another scale's, as a second argument: `ours('menu.chance', 'quick')`):
-`ours(id)` and `baseline(id)`, {seed: value} or a number; `figure(name)`, the data that a figure kept; and `interval`,
-`mean`, `median`, `min`, `max`, `sum`, `len`, `sorted`, `abs`, `round`. It gives a number, or (estimate, low, high).
+`ours(id)` and `baseline(id)`, {seed: value} or a number; `figure(name)`, the data that a figure kept; and what
+FUNCTIONS names. It gives a number, or (estimate, low, high).
 """
 
 import functools
@@ -19,9 +19,8 @@ from labkit.course import results
 from labkit.errors import LabError
 from labkit.measure import interval
 
-FUNCTIONS = {"interval": interval, "mean": mean, "median": median, "min": min, "max": max, "sum": sum, "len": len,
-             "sorted": sorted, "abs": abs, "round": round, "zip": zip, "range": range, "dict": dict, "list": list,
-             "enumerate": enumerate, "log": log, "any": any, "all": all, "float": float, "int": int, "str": str}
+FUNCTIONS = {each.__name__: each for each in (interval, mean, median, log, min, max, sum, len, sorted, abs, round, zip,
+                                              range, enumerate, any, all, dict, list, float, int, str)}
 
 
 def evaluate(expression: str, number: str) -> tuple[float, ...]:

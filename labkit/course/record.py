@@ -15,6 +15,7 @@ from pathlib import Path
 
 from labkit import __version__
 from labkit.course import results
+from labkit.course.header import text_of
 from labkit.course.scale import SCALES, check_scale
 from labkit.errors import LabError
 from labkit.files import REPOSITORY, write_json
@@ -101,20 +102,22 @@ def commit() -> str:
     """
     try:
         name = _git("rev-parse", "--short=12", "HEAD")
-        changed = _git("status", "--porcelain", "--", "labkit", "data", ":!data/results")
-        notebooks = _git("diff", "--name-only", "--relative", "HEAD", "--", "notebooks/*.ipynb").split()
-        changed = changed or any(map(_code_changed, notebooks))
+        changed = (_git("status", "--porcelain", "--", "labkit", "data", ":!data/results")
+                   or _git("ls-files", "--others", "--exclude-standard", "--", "notebooks/[0-9][0-9]_*.ipynb")
+                   or any(map(_code_changed, _git("diff", "--name-only", "HEAD", "--", "notebooks/*.ipynb").split())))
     except (OSError, ValueError, subprocess.SubprocessError):
         return "unknown"
     return f"{name}-dirty" if changed else name
 
 
 def _code_changed(notebook: str) -> bool:
-    """Whether a notebook has other code than at the last commit."""
-    now, then = (REPOSITORY / notebook).read_text(encoding="utf-8"), _git("show", f"HEAD:{notebook}")
-    now, then = ([cell["source"] for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
-                 for text in (now, then))
-    return now != then
+    """Whether a notebook that git knows has other code than at the last commit, or is gone."""
+    file = REPOSITORY / notebook
+    return not file.exists() or _code(file.read_text(encoding="utf-8")) != _code(_git("show", f"HEAD:{notebook}"))
+
+
+def _code(notebook: str) -> list[str]:
+    return [text_of(cell) for cell in json.loads(notebook)["cells"] if cell["cell_type"] == "code"]
 
 
 def _git(*words: str) -> str:

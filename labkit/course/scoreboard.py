@@ -9,7 +9,8 @@ from itertools import groupby
 from pathlib import Path
 
 from labkit.course.claims import VERDICTS, load_claims
-from labkit.course.ledger import claims_table, shown
+from labkit.course.ledger import claims_table, shown, where
+from labkit.course.ledger_views import OWN, source_of
 from labkit.errors import LabError
 from labkit.files import REPOSITORY, whole_file
 
@@ -29,8 +30,8 @@ def scoreboard_markdown(rows: list[dict]) -> str:
 def legend(rows: list[dict]) -> str:
     """How to read the tables, with the counts that a reader should know before trusting them."""
     exact = sum(row["kind"] == "exact" and row["verdict"] == "reproduced" for row in rows)
-    own = sum(row["paper"].startswith("One-GPU Lab") for row in rows)
-    claims = [claim for claim in load_claims().values() if claim.id in {row["id"] for row in rows}]
+    own, ids = sum(source_of(row) == OWN for row in rows), {row["id"] for row in rows}
+    claims = [claim for claim in load_claims().values() if claim.id in ids]
     changed = sum(bool(claim.changes) for claim in claims)
     return (f"*Measured* rows have an interval over seeds; *exact* ones are identities, counts and arithmetic on "
             f"printed numbers: {exact} of the reproduced. *Partly*: the interval lies in a second, named region. "
@@ -55,8 +56,8 @@ def without_superseded(rows: list[dict]) -> list[dict]:
 def summary(rows: list[dict]) -> str:
     """'51 claims in 60 rows (one a claim, scale and device): 30 reproduced, ...': every verdict is counted."""
     claims = len({row["id"] for row in rows})
-    where = "" if claims == len(rows) else f" in {len(rows)} rows (one a claim, scale and device)"
-    return f"{claims} claims{where}: {counted_verdicts(rows) or 'nothing yet'}."
+    apart = "" if claims == len(rows) else f" in {len(rows)} rows (one a claim, scale and device)"
+    return f"{claims} claims{apart}: {counted_verdicts(rows) or 'nothing yet'}."
 
 
 def counted_verdicts(rows: list[dict]) -> str:
@@ -72,9 +73,8 @@ def title(notebook: str) -> str:
 
 
 def _line(row: dict) -> str:
-    where = " ".join(filter(None, (row["scale"], f"({row['device']})" if row["scale"] == "workstation" else "")))
     own = "exact: " if row["kind"] == "exact" and row["estimate"] is not None else ""
-    cells = (row["statement"], row["paper_value"], own + shown(row), where, row["verdict"])
+    cells = (row["statement"], row["paper_value"], own + shown(row), where(row), row["verdict"])
     return "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 

@@ -32,7 +32,7 @@ def lab_page(lab: Lab, figures: Path) -> dict:
     cells = []
     for place, cell in enumerate(copy.deepcopy(lab.notebook["cells"])):
         if cell["cell_type"] == "code":
-            cell["outputs"] = [shown_output(output, f"{lab.number}-{place}-{number}", figures)
+            cell["outputs"] = [shown_output(output, figure_name(lab, place, number), figures)
                                for number, output in enumerate(cell["outputs"])]
             asked = [question_html(lab.number, each) for each in predictions if each.asked == place]
             told = [answer_html(lab, each) for each in predictions if each.revealed == place]
@@ -135,10 +135,20 @@ def shown_output(output: dict, name: str, figures: Path) -> dict:
     return {**output, "data": {"text/html": picture_html(picture, name, about)}, "metadata": {}}
 
 
+def figure_name(lab: Lab, place: int, number: int) -> str:
+    """What the site calls output `number` of the cell at `place`."""
+    return f"{lab.number}-{place}-{number}"
+
+
+def figure_file(name: str) -> str:
+    """Where a picture lies, relative to the pages."""
+    return f"{FIGURES}/{name}.png"
+
+
 def picture_html(picture: bytes, name: str, about: dict) -> str:
     """An <img> of a PNG that keeps its room before it is loaded, inside a link to the file."""
     wide, high = (int.from_bytes(picture[start : start + 4], "big") for start in (16, 20))  # PNG: the header's sizes
     width = int(about.get("width", wide))
-    file = f"{FIGURES}/{name}.png"
+    file = figure_file(name)
     return (f'<a class="figure" href="{file}"><img src="{file}" alt="{html.escape(about["alt"])}" width="{width}" '
             f'height="{round(width * high / wide)}" loading="lazy"></a>')

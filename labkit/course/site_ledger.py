@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping, Sequence
 
 from labkit.course.claims import VERDICTS
-from labkit.course.ledger import shown
+from labkit.course.ledger import shown, where
 from labkit.course.ledger_views import source_names, source_of
 from labkit.course.scoreboard import summary
 from labkit.course.site_map import Lab
@@ -78,9 +78,9 @@ def cells_of(row: Mapping, pages: Mapping[str, str]) -> list[str]:
     claim = html.escape(row["statement"])
     name = f'<span class="id">{html.escape(row["id"])}</span>'
     number = f'<a href="{page}.html#{anchor(row["id"])}">{row["notebook"]}</a>' if page else row["notebook"]
-    where = row["scale"] + (f' ({row["device"]})' if row["scale"] == "workstation" else "")
     return [f"{claim} {name}", number, linked_paper(row["paper"]), html.escape(row["paper_value"]),
-            html.escape(shown(row)), html.escape(where), row["kind"].replace("_", " "), verdict_html(row["verdict"])]
+            html.escape(shown(row)), html.escape(where(row)), row["kind"].replace("_", " "),
+            verdict_html(row["verdict"])]
 
 
 def anchor(claim: str) -> str:

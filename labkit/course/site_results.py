@@ -12,11 +12,11 @@ from pathlib import Path
 from labkit.course.claims import Claim
 from labkit.course.handout_answers import recorded_answers
 from labkit.course.handout_read import predictions_of
-from labkit.course.ledger import shown
+from labkit.course.ledger import shown, where
 from labkit.course.record import measured_at
 from labkit.course.results import RESULTS, read_result
 from labkit.course.scoreboard import counted_verdicts
-from labkit.course.site_lab import FIGURES, fold_html
+from labkit.course.site_lab import figure_file, figure_name, fold_html
 from labkit.course.site_ledger import anchor, linked_paper, verdict_html
 from labkit.course.site_map import Lab
 from labkit.files import DATA
@@ -104,8 +104,8 @@ def _claim(claim: Claim, rows: Sequence[Mapping]) -> str:
 
 
 def _line(row: Mapping) -> str:
-    where = row["scale"] + (f" ({html.escape(row['device'])})" if row["scale"] == "workstation" else "")
-    words = [where, ("exact: " if row["kind"] == "exact" else "") + html.escape(shown(row))] if row["scale"] else []
+    exact = "exact: " if row["kind"] == "exact" else ""
+    words = [html.escape(where(row)), exact + html.escape(shown(row))] if row["scale"] else []
     return " ".join([": ".join(words), verdict_html(row["verdict"])]).strip()
 
 
@@ -148,7 +148,7 @@ def figures_html(lab: Lab, extra: Path) -> str:
         for number, output in enumerate(cell.get("outputs", [])):
             alt = output.get("metadata", {}).get("image/png", {}).get("alt")
             if alt:
-                file = f"{FIGURES}/{lab.number}-{place}-{number}.png"
+                file = figure_file(figure_name(lab, place, number))
                 pictures.append(f'<figure><a href="{file}"><img src="{file}" alt="{html.escape(alt)}" loading="lazy">'
                                 "</a></figure>")
     return '<div class="gallery">' + "\n".join(pictures) + "</div>\n\n" + recorded_html(lab)

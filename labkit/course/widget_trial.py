@@ -87,7 +87,6 @@ def _drawn(name: str, draw: Callable, alt: str | Callable[..., str], values: dic
         start = time.process_time()
         try:
             with warnings.catch_warnings(action="error"):  # a learner would see it in red
-                warnings.simplefilter("ignore", DeprecationWarning)  # for the writers of libraries
                 png, text, _ = widgets.rendered(draw, alt, values)
         except Exception as error:
             raise LabError(f"The widget {name} can't be drawn at {values}: {error}",
