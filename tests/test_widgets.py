@@ -4,6 +4,7 @@ import gc
 import io
 import json
 import warnings
+from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
@@ -137,6 +138,10 @@ def test_play_tries_the_widget_if_it_is_asked_to(monkeypatch, capsys):
 
 # how it is drawn -----------------------------------------------------------------------------------------------------
 
+def pixels(png: bytes) -> np.ndarray:
+    return np.asarray(Image.open(io.BytesIO(png)).convert("L"), dtype=float) / 255
+
+
 @pytest.mark.parametrize("end_labels", [True, False])
 def test_the_screen_gets_the_same_figure_as_the_notebook(end_labels):
     """Two ways to render, one picture: at the same scale they differ by less than 0.2% in the mean, with a legend, end
@@ -151,15 +156,23 @@ def test_the_screen_gets_the_same_figure_as_the_notebook(end_labels):
         figures.finding(ax, "A finding that is so long that it has to be wrapped into two lines at the least")
         return fig
 
-    def pixels(png):
-        return np.asarray(Image.open(io.BytesIO(png)).convert("L"), dtype=float) / 255
-
     static = pixels(figures.png(figure(), scale=1.5))
     screen = pixels(figures.screen_png(figure()))
     (unplaced := figure()).set_layout_engine("none")
     others = [pixels(figures.screen_png(each)) for each in (figure(1), unplaced)]
     assert screen.shape == static.shape == (round(figure().get_figheight() * 150), 900)
     assert np.abs(screen - static).mean() < 0.002 < min(np.abs(screen - other).mean() for other in others)
+
+
+def test_a_heat_map_and_its_colour_bar_are_placed_as_in_the_notebook():
+    """Their axes find their size as they are drawn: margins kept from before would shift them."""
+    def figure():
+        fig, (ax, _other) = figures.figure(1, 2, width=9)
+        fig.colorbar(ax.imshow(np.eye(5)), ax=ax, label="a name")
+        return fig
+
+    static, screen = (pixels(render(figure())) for render in (partial(figures.png, scale=1.5), figures.screen_png))
+    assert np.abs(screen - static).mean() < 0.002
 
 
 def test_a_legend_outside_the_axes_keeps_its_room():

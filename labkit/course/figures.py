@@ -5,6 +5,7 @@ compared, and no two arms differ by colour alone. Colours: Okabe and Ito (2008),
 Figures are made without pyplot: nothing is drawn twice, and no front end is needed.
 """
 
+import functools
 import io
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import PathPatch
 from matplotlib.path import Path
 from matplotlib.ticker import NullLocator
+from matplotlib.transforms import Bbox
 from PIL import Image
 
 PALETTE = {"black": "#000000", "blue": "#0072B2", "vermillion": "#D55E00", "green": "#009E73",
@@ -176,12 +178,16 @@ def png(fig: Figure, *, scale: float = 2.0) -> bytes:
 
 
 def screen_png(fig: Figure, *, scale: float = 1.5) -> bytes:
-    """The same for a widget, which has to follow a hand: laid out once instead of at each pass, all colours, packed
-    lightly. Leaves the figure changed: its dpi, what counts in its layout, the small ticks of its logarithmic axes."""
+    """The same for a widget, which has to follow a hand: measured and laid out once, all colours (a hurried palette
+    makes bands of a heat map), packed lightly. Leaves the figure changed: its dpi, its layout, the small ticks of its
+    logarithmic axes."""
     fig.set_dpi(fig.dpi * scale)
+    simple = all(ax.get_aspect() == "auto" and not ax.get_axes_locator() for ax in fig.axes)
     for ax in fig.axes:
         _leave_out_of_layout(ax)
         _fewer_ticks(ax)
+        if simple:
+            _measure_once(ax)
     if any(hasattr(ax, "_end_labels") for ax in fig.axes):
         fig.draw_without_rendering()
         fig.set_layout_engine("none")
@@ -199,6 +205,24 @@ def _leave_out_of_layout(ax: Axes) -> None:
     legend = ax.get_legend()
     if legend and legend.get_bbox_to_anchor() is ax.bbox:  # else it stands somewhere outside
         legend.set_in_layout(False)
+
+
+def _measure_once(ax: Axes) -> None:
+    """The layout measures what surrounds the axes twice, since labels may change as the axes move. For a widget once
+    is enough, and spares a seventh of the drawing: the second time they get the margins of the first. (Not for a colour
+    bar or a given aspect, whose axes find their size only as they are drawn.)"""
+    measured = ax.get_tightbbox
+
+    @functools.cache
+    def margins(*rest, **options) -> np.ndarray:
+        around = measured(*rest, **options)
+        return None if around is None else around.extents - ax.bbox.extents
+
+    def around(*rest, **options) -> Bbox | None:
+        sides = margins(*rest, **options)
+        return None if sides is None else Bbox.from_extents(*(ax.bbox.extents + sides))
+
+    ax.get_tightbbox = around
 
 
 def _fewer_ticks(ax: Axes) -> None:

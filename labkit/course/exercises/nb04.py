@@ -1,7 +1,5 @@
 """Exercises of 04_compute_optimal_tokenization (Limisiewicz and others, arXiv 2605.01188)."""
 
-from fractions import Fraction
-
 import numpy as np
 import torch
 
@@ -9,12 +7,19 @@ from labkit.course.check import Check
 from labkit.course.reading import alike, array, called, close, number
 
 
-def _beta(answer) -> str | None:
-    if close(answer, 1.0, within=1e-6):
-        return None
-    if close(answer, 0.5, within=1e-6):
-        return "At 1/2 the exponent of T in *bytes* per parameter is 0. Tokens per parameter are that divided by T."
-    return "Tokens per parameter are rho*/T, so T has the exponent 2 beta - 1 - 1. When is that 0?"
+def _per_doubling(answer) -> str | None:
+    for beta in (0.471, 1.0, 0.25):
+        got = number(called(answer, beta))
+        if close(got, 2 ** (2 * beta - 2), rel=1e-6):
+            continue
+        if close(got, 2 ** (2 * beta - 1), rel=1e-6):
+            return "That is for *bytes* per parameter. Tokens per parameter are that divided by T, which doubles too."
+        if close(got, 2 ** (beta - 1), rel=1e-6):
+            return "That is the text alone, in tokens. The best model changes as well: N* = C T / (6 B*)."
+        if close(got, 2 ** (2 - 2 * beta), rel=1e-6):
+            return "That is parameters per token: the other way round."
+        return f"At beta={beta} you say {got:.4g}. Take law I for rho*, divide by T, and put 2 T for T."
+    return None
 
 
 def _tokens(answer) -> str | None:
@@ -79,10 +84,14 @@ def _double(answer) -> str | None:
 
 CHECKS = {
     "04.1": Check(
-        "At which beta would the best tokens per parameter not depend on T?",
-        3, "easy", "Tokens per parameter are rho*/T.", _beta,
-        right=[1, 1.0, Fraction(1), torch.tensor([1.0]), 2 / 2],
-        wrong=[(0.5, "bytes"), (0, "When is that 0"), (2, "When is that 0")]),
+        "Write per_doubling(beta): by what the best tokens per parameter are multiplied where T doubles.",
+        3, "easy", "Tokens per parameter are rho*/T.", _per_doubling,
+        right=[lambda beta: 2 ** (2 * beta - 2), lambda beta: 4.0**beta / 4, lambda beta: np.exp2(2 * beta - 2),
+               lambda beta: torch.tensor(2 * beta - 2).exp2().half(),
+               lambda beta: 6 ** (2 * beta - 2) / 3 ** (2 * beta - 2)],
+        wrong=[(lambda beta: 2 ** (2 * beta - 1), "bytes"), (lambda beta: 2 ** (beta - 1), "model changes"),
+               (lambda beta: 4 ** (1 - beta), "other way round"), (lambda beta: 0.5, "put 2 T for T"),
+               (0.48, "A function is asked for")]),
     "04.2": Check(
         "Write tokens_per_parameter(T, rho): tokens a parameter, when rho bytes a parameter are best.",
         3, "easy", "A text of B bytes has B / T tokens.", _tokens,

@@ -38,15 +38,15 @@ def _wakes(answer) -> str | None:
 
 def _threshold(answer) -> str | None:
     for beta_1 in (0.9, 0.5, 0.0, 0.95):
-        got, right = number(called(answer, beta_1)), (2 + 2 * beta_1) / (1 - beta_1)
-        if close(got, right, within=1e-6):
+        got, adam = number(called(answer, beta_1)), (2 + 2 * beta_1) / (1 - beta_1)
+        if close(got, adam / (1 + 2 * beta_1), within=1e-6):
             continue
+        if close(got, adam, within=1e-6):
+            return "That is Adam's own border. Nadam's step holds the gradient a second time."
         if close(got, 2, within=1e-6):
-            return "That is plain gradient descent, beta_1 = 0. Momentum averages the flips away and allows more."
-        if close(got, 2 / (1 - beta_1), within=1e-6):
-            return "Nearly: at the border m alternates too, so it is not a mean over equal gradients."
-        if close(got, 2 + 2 * beta_1, within=1e-6):
-            return "That is heavy-ball momentum. Adam's mean has the factor 1 - beta_1 before the gradient."
+            return "That is plain gradient descent, beta_1 = 0."
+        if close(got, (2 + 2 * beta_1) / (1 + 2 * beta_1), within=1e-6):
+            return "That is the border of (1 - beta_1) times eta lambda: divide."
         return f"At beta_1 = {beta_1} you say {got:.4g}. Put w' = -w and m' = -m into both rules and solve."
     return None
 
@@ -140,10 +140,12 @@ CHECKS = {
                (lambda u, old, new: u[:3], "came back as"),
                (lambda u, old, new: u.numpy().flip(), "raised")]),
     "05.5": Check(
-        "Write threshold(beta_1): the largest stable eta * lambda of Adam with P fixed.",
+        "Write threshold(beta_1): the largest stable eta * lambda of Nadam with P fixed.",
         8, "hard", "At the border w and m change sign at each step: w' = -w, m' = -m.", _threshold,
-        right=[lambda b: (2 + 2 * b) / (1 - b), lambda b: np.float64(2) * (1 + b) / (1 - b),
-               lambda b: 4 / (1 - b) - 2, lambda b: torch.tensor((2 + 2 * b) / (1 - b)).half()],
-        wrong=[(lambda b: 2.0, "plain gradient descent"), (lambda b: 2 / (1 - b), "alternates"),
-               (lambda b: 2 + 2 * b, "heavy-ball"), (lambda b: 38.0, "solve"), (lambda b: 4 / (1 - b), "solve")]),
+        right=[lambda b: (2 + 2 * b) / (1 - b) / (1 + 2 * b), lambda b: 2 / (1 - b) / (b / (1 + b) + 1),
+               lambda b: np.float64(2 + 2 * b) / (1 + b - 2 * b**2),
+               lambda b: torch.tensor((2 + 2 * b) / (1 - b) / (1 + 2 * b)).half()],
+        wrong=[(lambda b: 2.0, "plain gradient descent"), (lambda b: (2 + 2 * b) / (1 - b), "Adam's own"),
+               (lambda b: (2 + 2 * b) / (1 + 2 * b), "divide"), (lambda b: 13.57, "solve"),
+               (lambda b: 2 / (1 - b), "solve")]),
 }

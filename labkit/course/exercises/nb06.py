@@ -1,5 +1,7 @@
 """Exercises of 06_roundpipe (Luo, Gao, Zheng, Lu, Shu, arXiv 2604.27085)."""
 
+import math
+
 import numpy as np
 import torch
 
@@ -8,16 +10,21 @@ from labkit.course.reading import called, close, number
 from labkit.pipeline import ORDERINGS
 
 
-def _idle(answer) -> str | None:
-    for N in (4, 3, 8):
-        got = number(called(answer, N))
-        if close(got, N * (N - 1), within=1e-6):
+def _micro_batches(answer) -> str | None:
+    for N, S, bubble in ((8, 16, 0.05), (4, 9, 0.03), (6, 20, 0.1)):
+        got, lost = number(called(answer, N, S, bubble)), N * (N - 1)
+        enough = lost * (1 - bubble) / bubble / S
+        if close(got, math.ceil(enough), within=1e-6):
             continue
-        if close(got, N * (N - 1) / 2, within=1e-6):
-            return "That is the waiting at the beginning alone. What happens at the end?"
-        if close(got, N - 1, within=1e-6):
-            return "That is the time of one worker. All N of them wait."
-        return f"At N={N} you say {got:g}. Worker w starts at time w; when does it stop, and when does the last one?"
+        if close(got, enough, within=1e-6):
+            return "Micro-batches are whole: the next whole number."
+        if close(got, math.floor(enough), within=1e-6):
+            return "With so many the bubble is still above the limit: round up."
+        if close(got, math.ceil(lost / bubble / S), within=1e-6):
+            return "The N (N - 1) stand below the line too: the bubble is a share of all slots, the lost ones included."
+        if close(got, math.ceil((N - 1) * (1 - bubble) / bubble), within=1e-6):
+            return "That is for GPipe and 1F1B. RoundPipe's formula has S in it."
+        return f"At N={N}, S={S}, bubble={bubble:g} you say {got:g}. Solve the closed formula for M."
     return None
 
 
@@ -68,18 +75,18 @@ def _gone(answer) -> str | None:
     return "That one concerns gradients. The P-copy carries weights."
 
 
-def _border(answer) -> str | None:
-    for beta in (0.0, 0.5, 0.9, 0.95):
-        got = number(called(answer, beta))
-        if close(got, 1.0, within=1e-6):
+def _size(answer) -> str | None:
+    for beta, x in ((0.9, 0.6), (0.5, 0.8), (0.0, 0.6), (0.9, 1.0), (0.5, 1.3)):
+        got, squared = number(called(answer, beta, x)), beta + (1 - beta) * x
+        if close(got, squared**0.5, within=1e-6):
             continue
-        if close(got, (2 + 2 * beta) / (1 - beta), within=1e-6):
-            return "That is the border without delay. With it, which coefficient of z holds eta * lambda?"
-        if close(got, 1 - beta, within=1e-6):
-            return "That is the border of (1 - beta) * eta * lambda. Divide."
-        if close(got, 1 / (1 - beta), within=1e-6):
-            return "The constant term of the equation begins with beta: put it in before you solve for eta * lambda."
-        return (f"At beta={beta:g} you say {got:g}. Near the border the two roots are complex: "
+        if close(got, squared, within=1e-6):
+            return "That is the product of the two roots, so the square of their size."
+        if close(got, (beta + x) ** 0.5, within=1e-6):
+            return "In the constant term x has the factor 1 - beta."
+        if close(got, (1 + beta) / 2, within=1e-6):
+            return "That is the real part of the roots. Their size needs the imaginary part too."
+        return (f"At beta={beta:g}, x={x:g} you say {got:.4g}. The two roots are complex: "
                 "the square of their size is the constant term.")
     return None
 
@@ -96,13 +103,17 @@ CHECKS = {
         right=["uploaded", np.str_("uploaded"), " Uploaded "],
         wrong=[("between", "two steps"), ("renewed", "holds back"), ("collected", "gradients"), (1, "names")]),
     "06.3": Check(
-        "Write idle_slots(N): the time that all N workers together wait, every slot taking 1.",
-        6, "medium", "Worker w starts at w. The last slots end one after the other, too.", _idle,
-        right=[lambda N: N * (N - 1), lambda N: np.float64(N**2 - N),
-               lambda N: sum(w + (N - 1 - w) for w in range(N)), lambda N: torch.tensor(N * (N - 1)).bfloat16()],
-        wrong=[(lambda N: N * (N - 1) / 2, "beginning alone"), (lambda N: N - 1, "one worker"),
-               (lambda N: N * N, "Worker w starts"), (lambda N: N * (N - 1) * 2, "Worker w starts"),
-               (12, "A function is asked for")]),
+        "Write micro_batches(N, S, bubble): the fewest micro-batches with which RoundPipe's bubble is within a limit.",
+        6, "medium", "Solve N (N - 1) / (M S + N (N - 1)) <= bubble for M.", _micro_batches,
+        right=[lambda N, S, bubble: math.ceil(N * (N - 1) * (1 - bubble) / (bubble * S)),
+               lambda N, S, bubble: np.ceil(N * (N - 1) * (1 / bubble - 1) / S),
+               lambda N, S, bubble: next(M for M in range(1, 10**6) if N * (N - 1) <= bubble * (M * S + N * (N - 1))),
+               lambda N, S, bubble: torch.tensor(N * (N - 1) * (1 - bubble) / bubble / S).ceil().int()],
+        wrong=[(lambda N, S, bubble: N * (N - 1) * (1 - bubble) / (bubble * S), "next whole number"),
+               (lambda N, S, bubble: int(N * (N - 1) * (1 - bubble) / (bubble * S)), "round up"),
+               (lambda N, S, bubble: math.ceil(N * (N - 1) / (bubble * S)), "below the line"),
+               (lambda N, S, bubble: math.ceil((N - 1) * (1 - bubble) / bubble), "GPipe"),
+               (lambda N, S, bubble: N, "Solve the closed formula"), (67, "A function is asked for")]),
     "06.4": Check(
         "Write stall(N, M_R, t): how long a worker waits between slot i and slot i + N.",
         6, "medium", "It is busy for M_R t from its start; the data have come N t after its start.", _stall,
@@ -116,10 +127,12 @@ CHECKS = {
         right=[6, np.float32(6.0), torch.tensor([6])],
         wrong=[(7, "count S"), (4, "cannot be cut"), (9, "612"), (504, "That is the cost"), (12, "count S")]),
     "06.6": Check(
-        "Write late_border(beta): the largest stable eta * lambda with one update of delay.",
-        10, "hard", "The roots of z^2 - b z + c with b^2 < 4 c have the size sqrt(c).", _border,
-        right=[lambda beta: 1.0, lambda beta: (1 - beta) / (1 - beta), lambda beta: torch.ones(1).half()],
-        wrong=[(lambda beta: (2 + 2 * beta) / (1 - beta), "without delay"), (lambda beta: 1 - beta, "Divide"),
-               (lambda beta: 1 / (1 - beta), "begins with beta"),
-               (lambda beta: 0.5, "constant term")]),
+        "Write size(beta, x): by what an update multiplies the oscillation of a late step, at x = eta * lambda.",
+        10, "hard", "The roots of z^2 - b z + c with b^2 < 4 c have the size sqrt(c).", _size,
+        right=[lambda beta, x: (beta + (1 - beta) * x) ** 0.5, lambda beta, x: math.sqrt(beta + x - beta * x),
+               lambda beta, x: abs(np.roots([1, -(1 + beta), beta + (1 - beta) * x])).max(),
+               lambda beta, x: torch.tensor(beta + (1 - beta) * x).sqrt().half()],
+        wrong=[(lambda beta, x: beta + (1 - beta) * x, "square of their size"),
+               (lambda beta, x: (beta + x) ** 0.5, "factor 1 - beta"), (lambda beta, x: (1 + beta) / 2, "real part"),
+               (lambda beta, x: x, "constant term"), (1.0, "A function is asked for")]),
 }
