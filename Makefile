@@ -69,7 +69,7 @@ site: install
 test-site: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest --timeout 300 -m site tests/test_site_pages.py
 
-# Every widget of every lab in Chromium, each corner in the kernel, and a table of what a move takes: ten minutes.
+# Every widget of every lab in Chromium, each corner in the kernel, and a table of what a move takes: twenty minutes.
 test-browser: install
 	@times=$$(mktemp -d); export OMP_NUM_THREADS=1; \
 	WIDGET_TIMES=$$times $(PY) -m pytest --timeout 1500 -n 2 --dist load -m browser tests/test_browser.py; passed=$$?; \
