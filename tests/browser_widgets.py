@@ -65,6 +65,13 @@ class Widget:
         assert not same, f"{key} took a control from {before} to {value()}, and {same[0][:60]!r} did not change"
         return True
 
+    def wait_for(self, shown: tuple) -> None:
+        """Wait until it shows this again: a picture still on its way would be taken for the answer to the next key."""
+        end = time.monotonic() + 5.0
+        while self.shown() != shown and time.monotonic() < end:
+            self.page.wait_for_timeout(50)
+        assert self.shown() == shown, f"back where it was it shows {self.shown()[-1]!r}, not {shown[-1]!r}"
+
     def _unchanged(self, shown: tuple) -> list:
         """Of picture and text those that are still what was shown."""
         return [part for part, other in zip(self.shown(), shown, strict=True) if part == other]
@@ -91,6 +98,7 @@ def walk(page, box) -> list[float]:
 
 def _slide(widget: Widget, number: int) -> None:
     """To both ends, a step back, and home to its start by typing the number."""
+    shown = widget.shown()
     handle = widget.box.locator(".noUi-handle").nth(number)
     start = (readout := widget.box.locator(".widget-readout").nth(number)).inner_text()
     value = partial(handle.get_attribute, "aria-valuetext")
@@ -102,17 +110,19 @@ def _slide(widget: Widget, number: int) -> None:
         widget.page.keyboard.type(start.replace("−", "-"))
         widget.press(readout, "Enter")
     assert readout.inner_text() == start
+    widget.wait_for(shown)
 
 
 def _choose(widget: Widget, number: int) -> None:
     """Through all options from the first to the last, then back to the one it had."""
     field = widget.box.locator("select").nth(number)
-    start, options = field.input_value(), field.locator("option").count()
+    shown, start, options = widget.shown(), field.input_value(), field.locator("option").count()
     widget.press_to_move(field, "Home", field.input_value)
     for _ in range(options - 1):
         assert widget.press_to_move(field, "ArrowDown", field.input_value), f"keys stop at {field.input_value()}"
     if start != field.input_value():
         field.select_option(start)
+    widget.wait_for(shown)
 
 
 # the tables of a run -------------------------------------------------------------------------------------------------
