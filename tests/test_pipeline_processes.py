@@ -5,6 +5,7 @@ the start shows whatever is read before it is written, and every operation must 
 Then come real processes: all schedules, torch's own as the peer, and all ways to end them.
 """
 
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -19,6 +20,7 @@ from pipeline_faults import plant
 
 from labkit.errors import LabError
 from labkit.pipeline import PEERS, SCHEDULES, Blocks, Partition, PipelineProcesses, Sleep, simulate
+from labkit.pipeline import worker as worker_process
 from labkit.pipeline import worker_schedule as executor
 from labkit.pipeline.processes import Run
 from labkit.pipeline.processes_job import make_job, measured_costs
@@ -361,6 +363,18 @@ def test_no_worker_outlives_a_killed_caller(tmp_path):
         assert len(pids) == 4 and all(map(alive, pids))
         caller.kill()
     assert gone(pids, folders=(idle, busy))
+
+
+def test_a_worker_whose_caller_hangs_up_takes_the_folder_with_it(tmp_path, monkeypatch):
+    """Its thread that watches the caller may not get so far: an idle worker hears of the end first."""
+    for name in ("end_with_parent", "prepare_worker", "Worker"):
+        monkeypatch.setattr(worker_process, name, lambda *_: None)
+    monkeypatch.setattr(worker_process.signal, "signal", lambda *_: None)
+    here, there = multiprocessing.Pipe()
+    here.close()
+    (folder := tmp_path / "meetings").mkdir()
+    worker_process.serve(there, str(folder))
+    assert not folder.exists()
 
 
 FAULTS_HERE = {  # on the side that asks

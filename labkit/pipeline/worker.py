@@ -77,7 +77,8 @@ def serve(connection, folder: str, *arguments) -> None:
     while True:
         try:
             name, *values = connection.recv()
-        except (EOFError, OSError):  # whoever held the other end is gone
+        except (EOFError, OSError):  # whoever held the other end is gone, and the thread above may come too late
+            shutil.rmtree(folder, ignore_errors=True)
             return
         if name == "end":
             return
