@@ -47,7 +47,7 @@ test-kernels: install
 	$(PY) -m pytest --timeout 300 -m "interp or mutations" tests/kernels tests/test_course_check.py; interpreted=$$?; \
 	wait $$compile; compiled=$$?; cat $$report; rm -f $$report; [ $$interpreted = 0 ] && [ $$compiled = 0 ]
 
-# LABKIT_WIDGETS=ends takes each widget to its ends: it must draw there, something else, and within 0.4 s (0.2 in test-browser).
+# LABKIT_WIDGETS=ends takes each widget to its ends: it must draw there, something else, and within 0.4 s.
 # Two notebooks at a time, a third faster than one: most of a notebook keeps one core busy.
 # One thread: with two, and anything else running, OpenMP threads wait for each other and training slows 3 to 60 times.
 test-notebooks: install
@@ -69,7 +69,7 @@ site: install
 test-site: install
 	OMP_NUM_THREADS=1 $(PY) -m pytest --timeout 300 -m site tests/test_site_pages.py
 
-# Every widget of every lab in Chromium, each corner in the kernel, and a table of what a move takes: twenty minutes.
+# Every widget of every lab in Chromium, each corner in the kernel, and a table of what a move takes: a quarter of an hour.
 test-browser: install
 	@times=$$(mktemp -d); export OMP_NUM_THREADS=1; \
 	WIDGET_TIMES=$$times $(PY) -m pytest --timeout 1500 -n 2 --dist load -m browser tests/test_browser.py; passed=$$?; \

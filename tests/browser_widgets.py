@@ -59,18 +59,21 @@ class Widget:
         if value() == before:
             return False
         self._wait(count)
-        end = time.monotonic() + 5.0
-        while (same := self._unchanged(shown)) and time.monotonic() < end:
-            self.page.wait_for_timeout(50)  # what was drawn may have been asked for by the key before
+        self._until(lambda: not self._unchanged(shown))  # what was drawn may have been asked for by the key before
+        same = self._unchanged(shown)
         assert not same, f"{key} took a control from {before} to {value()}, and {same[0][:60]!r} did not change"
         return True
 
     def wait_for(self, shown: tuple) -> None:
         """Wait until it shows this again: a picture still on its way would be taken for the answer to the next key."""
-        end = time.monotonic() + 5.0
-        while self.shown() != shown and time.monotonic() < end:
-            self.page.wait_for_timeout(50)
+        self._until(lambda: self.shown() == shown)
         assert self.shown() == shown, f"back where it was it shows {self.shown()[-1]!r}, not {shown[-1]!r}"
+
+    def _until(self, true: Callable[[], bool], seconds: float = 5.0) -> None:
+        """Wait for it, at most so long: what is still false then is for the caller to name."""
+        end = time.monotonic() + seconds
+        while not true() and time.monotonic() < end:
+            self.page.wait_for_timeout(50)
 
     def _unchanged(self, shown: tuple) -> list:
         """Of picture and text those that are still what was shown."""

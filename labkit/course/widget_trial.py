@@ -3,7 +3,8 @@
 `LABKIT_WIDGETS=ends` makes `lab.play` take each control to its ends (`make test` does, for every notebook);
 `corners` takes it to every option and every corner too (`make test-browser`). A widget passes if each place draws, if
 each end of a control gives another picture and another text than the start, and if no place costs more than 0.2 s
-(0.4 s at the ends, which are tried while a second notebook shares caches and cores).
+(0.4 s at the ends, which are tried while a second notebook shares caches and cores). Where LABKIT_WIDGET_TIMES asks
+for a file of the times, as `make test-browser` does, they are told and not judged.
 Time is this process's own (CPU), so that a busy machine is not held against a widget; a slow place is timed again.
 """
 
